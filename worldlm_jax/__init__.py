@@ -1,0 +1,3 @@
+"""WorldLM in JAX: language models trained over federations of federations."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,28 @@
+"""Validators: each raises `ValueError` with name=value, what was expected, and the remedy."""
+
+import difflib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+
+def fail(name: str, value: Any, expected: str, remedy: str = "") -> None:
+  """Raises `ValueError("name=value: expected ...; remedy")`."""
+  raise ValueError(f"{name}={value!r}: expected {expected}{'; ' + remedy if remedy else ''}")
+
+
+def require(ok: bool, name: str, value: Any, expected: str, remedy: str = "") -> None:
+  """Raises as `fail` does unless `ok`."""
+  if not ok:
+    fail(name, value, expected, remedy)
+
+
+def one_of(name: str, value: str, choices: Collection[str]) -> None:
+  """Raises unless `value` is one of `choices`, naming the closest of them."""
+  if value not in choices:
+    fail(name, value, f"one of {', '.join(map(repr, choices))}", did_you_mean(value, choices))
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+  """`did you mean 'x'?` for the choice closest to `value`, or an empty string."""
+  close = difflib.get_close_matches(str(value), list(choices), n=1)
+  return f"did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,283 @@
+"""One experiment as typed, mutable dataclasses: what a config file returns and flags override.
+
+`worldlm_jax.federation.resolve` turns a `Config` into a validated `Federation`; the numeric code
+only ever sees plain arguments and frozen specs made from these.
+"""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from worldlm_jax import checks
+
+SIMILARITIES = ("param_cosine", "scaled_dot", "centered_cosine", "update_cosine", "validation_loss")
+
+
+@dataclasses.dataclass(slots=True)
+class NodeSettings:
+  """What each node decides for itself. A child inherits its parent's values."""
+
+  local_steps: int = 20  # optimizer steps on the node's own data each time it trains
+  batch_size: int = 8  # windows per optimizer step
+  learning_rate: float = 3e-3  # peak
+  warmup_steps: int = 20  # linear warm-up, over the node's own steps
+  lr_schedule: str = "cosine"  # constant | cosine | wsd
+  weight_decay: float = 0.1  # AdamW only; norms are exempt
+  clip_norm: float = 1.0  # global gradient norm; inf switches clipping off
+  rounds_per_parent_round: int = 1  # rounds a federation runs with its children per round of its own
+  down_temperature: float = 0.1  # of attend when the parent's layers arrive; 0 keeps one's own
+  up_temperature: float = 0.1  # of attend over the children's layers; inf is the plain mean
+  acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
+
+
+@dataclasses.dataclass(slots=True)
+class TextFolder:
+  """Text files of one folder: train/valid/test.txt, or other .txt files split by document."""
+
+  path: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class StandardLibrary:
+  """One family of texts out of the running Python's own standard library (see data/stdlib.py)."""
+
+  family: str = ""
+
+
+Source = TextFolder | StandardLibrary
+
+
+@dataclasses.dataclass(slots=True)
+class Node:
+  """A node of the tree, as configured: `settings` overrides fields of `NodeSettings` from here on down."""
+
+  name: str = "world"
+  data: Source | None = None
+  children: list["Node"] = dataclasses.field(default_factory=list)
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(slots=True)
+class FederationConfig:
+  """Where the tree comes from: exactly one of the three. `overrides` maps path -> field -> value."""
+
+  root: Node | None = None
+  yaml: str = ""
+  folder: str = ""
+  overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(slots=True)
+class ModelConfig:
+  """A decoder-only transformer of the Llama family; `model/presets.py` has the sizes."""
+
+  num_layers: int = 4
+  d_model: int = 96
+  num_heads: int = 4
+  num_kv_heads: int = 2  # grouped-query attention; must divide num_heads
+  d_ff: int = 256  # hidden width of SwiGLU
+  vocab_size: int = 0  # 0: the tokenizer's
+  rope_base: float = 10_000.0
+  norm_epsilon: float = 1e-5
+  tied_head: bool = True
+  compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
+  remat: bool = False  # recompute each block in the backward pass
+  key_layer_share: float = 0.3  # share of the blocks, from the top, that are key layers
+
+
+@dataclasses.dataclass(slots=True)
+class DataConfig:
+  """How documents become windows of tokens."""
+
+  tokenizer: str = "bytes"  # "bytes" or the path of a Hugging Face tokenizers JSON file
+  sequence_length: int = 128  # predicted tokens per window
+  max_train_bytes: int = 0  # use at most this much of each node's training text; 0: all
+
+
+@dataclasses.dataclass(slots=True)
+class OptimizerConfig:
+  """The local optimizer, the same at every node; its rates are in `NodeSettings`."""
+
+  name: str = "adamw"  # adamw | sgd
+  b1: float = 0.9
+  b2: float = 0.95
+  epsilon: float = 1e-8
+  moments: str = "keep"  # keep | reset: what happens to the moments at each round
+  microbatch_size: int = 0  # windows per gradient computation; 0: the whole batch at once
+
+
+@dataclasses.dataclass(slots=True)
+class BackboneConfig:
+  """How a federation averages its members' backbones."""
+
+  weights: str = "tokens"  # tokens | uniform
+  server_optimizer: str = "sgd"  # sgd | nesterov | adam
+  server_learning_rate: float = 1.0
+  server_momentum: float = 0.9  # nesterov's momentum and adam's b1
+
+
+@dataclasses.dataclass(slots=True)
+class KeyLayerConfig:
+  """How key layers are aggregated (ALGORITHM: attend) and residual layers routed."""
+
+  values: str = "updates"  # layers | updates
+  similarity: str = "update_cosine"  # see SIMILARITIES; attend over updates is always their cosine
+  granularity: str = "layer"  # layer | tensor | all
+  prior: str = "uniform"  # uniform | tokens (of the up-phase; the down-phase has no counts)
+  update_strength: float = 1.0  # lambda: weight of a fully aligned update of another node
+  update_threshold: float = 0.1  # cosine under which another node's update is ignored
+  update_norm_cap: float = 1.0  # largest norm of the step, in norms of the node's own update
+  residuals_per_layer: int = 1  # residual layers a federation sends up, per layer index; 0: off
+  residuals_received: int = 1  # pooled layers of other federations routed to a child, per layer index
+
+
+@dataclasses.dataclass(slots=True)
+class EvaluationConfig:
+  """How much of each split is scored. 0 windows means all of them."""
+
+  valid_windows: int = 32  # of every round's valid score
+  test_windows: int = 0  # of the summary's test score
+  acceptance_windows: int = 8  # of validated acceptance and of the validation_loss similarity
+
+
+@dataclasses.dataclass(slots=True)
+class CheckpointConfig:
+  """What is kept in `workdir/checkpoints`."""
+
+  every_rounds: int = 1
+  keep_last: int = 2
+  keep_best: int = 1  # by the tree's mean personalised valid loss
+
+
+@dataclasses.dataclass(slots=True)
+class Config:
+  """One experiment."""
+
+  seed: int = 0
+  rounds: int = 10  # rounds of the root; in the sequential schedule, of each level in its turn
+  schedule: str = "parallel"  # parallel | sequential
+  nodes_at_once: int = 0  # nodes of a level that train side by side on a device; 0: chosen for you
+  federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
+  node: NodeSettings = dataclasses.field(default_factory=NodeSettings)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+  key_layers: KeyLayerConfig = dataclasses.field(default_factory=KeyLayerConfig)
+  evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+def to_dict(config: Any) -> Any:
+  """Plain JSON values of a config; infinities become strings, sources carry their kind."""
+  if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    kind = {"kind": type(config).__name__} if isinstance(config, Source) else {}
+    return kind | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+  if isinstance(config, dict):
+    return {key: to_dict(value) for key, value in config.items()}
+  if isinstance(config, (list, tuple)):
+    return [to_dict(value) for value in config]
+  if isinstance(config, float) and not math.isfinite(config):
+    return str(config)
+  return config
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+  """The dotted names of the fields in which two `to_dict` results differ, with both values."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+      found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    return found
+  if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
+  return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} here"]
+
+
+def validate(config: Config) -> None:
+  """Checks every field that does not belong to one node. Raises `ValueError` naming the field."""
+  for name, least in (("rounds", 1), ("nodes_at_once", 0)):
+    _at_least(f"config.{name}", getattr(config, name), least)
+  checks.one_of("config.schedule", config.schedule, ("parallel", "sequential"))
+  _validate_model(config.model)
+  data, optimizer = config.data, config.optimizer
+  _at_least("config.data.sequence_length", data.sequence_length, 2)
+  _at_least("config.data.max_train_bytes", data.max_train_bytes, 0)
+  checks.one_of("config.optimizer.name", optimizer.name, ("adamw", "sgd"))
+  checks.one_of("config.optimizer.moments", optimizer.moments, ("keep", "reset"))
+  _at_least("config.optimizer.microbatch_size", optimizer.microbatch_size, 0)
+  for name in ("b1", "b2"):
+    _in_range(f"config.optimizer.{name}", getattr(optimizer, name), 0, 1, right_open=True)
+  _positive("config.optimizer.epsilon", optimizer.epsilon)
+  checks.one_of("config.backbone.weights", config.backbone.weights, ("tokens", "uniform"))
+  checks.one_of("config.backbone.server_optimizer", config.backbone.server_optimizer, ("sgd", "nesterov", "adam"))
+  _positive("config.backbone.server_learning_rate", config.backbone.server_learning_rate)
+  _in_range("config.backbone.server_momentum", config.backbone.server_momentum, 0, 1, right_open=True)
+  key_layers = config.key_layers
+  checks.one_of("config.key_layers.values", key_layers.values, ("layers", "updates"))
+  checks.one_of("config.key_layers.similarity", key_layers.similarity, SIMILARITIES)
+  if key_layers.values == "updates":
+    checks.require(key_layers.similarity == "update_cosine", "config.key_layers.similarity", key_layers.similarity,
+                   "'update_cosine' with values='updates'",
+                   "attend over updates compares updates; set config.key_layers.values=layers for the others")
+  checks.one_of("config.key_layers.granularity", key_layers.granularity, ("layer", "tensor", "all"))
+  checks.one_of("config.key_layers.prior", key_layers.prior, ("uniform", "tokens"))
+  _in_range("config.key_layers.update_threshold", key_layers.update_threshold, -1, 1)
+  _at_least("config.key_layers.update_strength", key_layers.update_strength, 0)
+  _at_least("config.key_layers.update_norm_cap", key_layers.update_norm_cap, 0)
+  for name in ("residuals_per_layer", "residuals_received"):
+    _at_least(f"config.key_layers.{name}", getattr(key_layers, name), 0)
+  for name, least in (("valid_windows", 0), ("test_windows", 0), ("acceptance_windows", 1)):
+    _at_least(f"config.evaluation.{name}", getattr(config.evaluation, name), least)
+  for name, least in (("every_rounds", 1), ("keep_last", 1), ("keep_best", 0)):
+    _at_least(f"config.checkpoint.{name}", getattr(config.checkpoint, name), least)
+
+
+def _validate_model(model: ModelConfig) -> None:
+  for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff"):
+    _at_least(f"config.model.{name}", getattr(model, name), 1)
+  _at_least("config.model.vocab_size", model.vocab_size, 0)
+  checks.require(model.d_model % (2 * model.num_heads) == 0, "config.model.d_model", model.d_model,
+                 f"a multiple of twice num_heads={model.num_heads} (rotary positions turn pairs)")
+  checks.require(model.num_heads % model.num_kv_heads == 0, "config.model.num_kv_heads", model.num_kv_heads,
+                 f"a divisor of num_heads={model.num_heads}")
+  checks.one_of("config.model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
+  _positive("config.model.rope_base", model.rope_base)
+  _positive("config.model.norm_epsilon", model.norm_epsilon)
+  _in_range("config.model.key_layer_share", model.key_layer_share, 0, 1)
+  checks.require(num_key_layers(model) < model.num_layers, "config.model.key_layer_share", model.key_layer_share,
+                 f"a share that leaves at least one of num_layers={model.num_layers} blocks to the backbone",
+                 f"use at most {(model.num_layers - 1) / model.num_layers:.3g}")
+
+
+def num_key_layers(model: ModelConfig) -> int:
+  """`m = round(share * L)`: how many of the last blocks are key layers."""
+  return round(model.key_layer_share * model.num_layers)
+
+
+def validate_node_settings(settings: NodeSettings, where: str) -> None:
+  """Checks one node's settings; `where` names the node in the error."""
+  for name, least in (("local_steps", 0), ("batch_size", 1), ("warmup_steps", 0), ("rounds_per_parent_round", 1)):
+    _at_least(f"{where}: {name}", getattr(settings, name), least)
+  _positive(f"{where}: learning_rate", settings.learning_rate)
+  checks.one_of(f"{where}: lr_schedule", settings.lr_schedule, ("constant", "cosine", "wsd"))
+  _at_least(f"{where}: weight_decay", settings.weight_decay, 0)
+  checks.require(settings.clip_norm > 0, f"{where}: clip_norm", settings.clip_norm, "a positive norm",
+                 "inf switches clipping off")
+  for name in ("down_temperature", "up_temperature"):
+    _at_least(f"{where}: {name}", getattr(settings, name), 0)
+  checks.one_of(f"{where}: acceptance", settings.acceptance, ("always", "validated"))
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+  checks.require(value >= least, name, value, f"at least {least}")
+
+
+def _positive(name: str, value: float) -> None:
+  checks.require(0 < value < math.inf, name, value, "a positive number")
+
+
+def _in_range(name: str, value: float, low: float, high: float, *, right_open: bool = False) -> None:
+  ok = low <= value < high if right_open else low <= value <= high
+  checks.require(ok, name, value, f"a number from {low} to {high}{' (exclusive)' if right_open else ''}")
