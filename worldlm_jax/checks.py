@@ -2,10 +2,10 @@
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 
-def fail(name: str, value: Any, expected: str, remedy: str = "") -> None:
+def fail(name: str, value: Any, expected: str, remedy: str = "") -> NoReturn:
   """Raises `ValueError("name=value: expected ...; remedy")`."""
   raise ValueError(f"{name}={value!r}: expected {expected}{'; ' + remedy if remedy else ''}")
 

@@ -1,0 +1,112 @@
+"""Round trips of the tokenizers, and what files of the tokenizers library may ask for."""
+
+import hypothesis
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import strategies as st
+
+from worldlm_jax.data import tokenizer
+
+_TEXT = "Länder, rivers and 城市; the same words again: rivers and Länder.\n  indented <|endoftext|> text"
+
+
+def _byte_level(*special: str) -> tokenizers.Tokenizer:
+  """A byte-level BPE tokenizer trained on `_TEXT`."""
+  trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+  trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  trained.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trained.train_from_iterator([_TEXT] * 3, tokenizers.trainers.BpeTrainer(
+    vocab_size=283, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False))
+  return trained
+
+
+@pytest.fixture(params=["bytes", "hugging face"])
+def any_tokenizer(request, tmp_path):
+  if request.param == "bytes":
+    return tokenizer.load("bytes")
+  _byte_level("<|endoftext|>").save(str(tmp_path / "tokenizer.json"))
+  return tokenizer.load(str(tmp_path / "tokenizer.json"))
+
+
+@hypothesis.given(st.text())
+def test_bytes_round_trip(text):
+  bytes_ = tokenizer.ByteTokenizer()
+  ids = bytes_.encode(text)
+  assert ids.dtype == np.int32 and len(ids) == len(text.encode())
+  assert bytes_.decode(ids) == text
+  assert bytes_.decode([256, *ids.tolist(), 256, 300]) == text
+
+
+def test_round_trip_without_separator(any_tokenizer):
+  ids = any_tokenizer.encode(_TEXT)
+  assert ids.dtype == np.int32 and ids.ndim == 1
+  assert any_tokenizer.separator_id not in ids  # even where the text spells it out
+  assert max(ids.max(), any_tokenizer.separator_id) < any_tokenizer.vocab_size
+  assert any_tokenizer.decode([any_tokenizer.separator_id, *ids.tolist(), any_tokenizer.separator_id]) == _TEXT
+  assert any_tokenizer.encode("").shape == (0,)
+  assert any_tokenizer.decode([]) == any_tokenizer.decode(np.zeros(0, np.int32)) == ""
+
+
+def test_broken_text_is_replaced():
+  assert tokenizer.ByteTokenizer().decode([97, 0xFF, 98]) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("separator", tokenizer.SEPARATORS)
+def test_separator_and_vocab_size_include_added_tokens(tmp_path, separator):
+  trained = _byte_level()
+  before = trained.get_vocab_size()
+  trained.add_special_tokens(["<pad>", separator, "<mask>"])
+  trained.save(str(tmp_path / "t.json"))
+  loaded = tokenizer.load(str(tmp_path / "t.json"))
+  assert (loaded.separator_id, loaded.vocab_size) == (before + 1, before + 3)
+
+
+def test_the_first_separator_of_the_list_is_taken(tmp_path):
+  _byte_level("[SEP]", "</s>").save(str(tmp_path / "t.json"))
+  assert tokenizer.load(str(tmp_path / "t.json")).separator_id == 1
+
+
+def test_vocab_size_counts_gaps(tmp_path):
+  vocab = {"<eos>": 5, "word": 11}
+  tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<eos>")).save(str(tmp_path / "t.json"))
+  assert tokenizer.load(str(tmp_path / "t.json")).vocab_size == 12
+
+
+def test_documents_stay_whole_whatever_the_file_asks_for(tmp_path):
+  trained = _byte_level("</s>")
+  plain = trained.encode(_TEXT, add_special_tokens=False).ids
+  trained.enable_truncation(5)
+  trained.enable_padding(length=997)
+  trained.post_processor = tokenizers.processors.TemplateProcessing(
+    single="$A </s>", special_tokens=[("</s>", trained.token_to_id("</s>"))])
+  trained.save(str(tmp_path / "t.json"))
+  assert tokenizer.load(str(tmp_path / "t.json")).encode(_TEXT).tolist() == plain
+
+
+def test_name_depends_on_content_not_on_folder(tmp_path):
+  names = []
+  for folder, special in (("a", "</s>"), ("b", "</s>"), ("c", "<eos>")):
+    (tmp_path / folder).mkdir()
+    _byte_level(special).save(str(tmp_path / folder / "t.json"))
+    names.append(tokenizer.load(str(tmp_path / folder / "t.json")).name)
+  assert names[0] == names[1] != names[2]
+  assert names[0].startswith("t.json@")
+
+
+def test_missing_file(tmp_path):
+  with pytest.raises(ValueError, match=r"config.data.tokenizer='.*no.json': expected 'bytes' or the path .*; correct"):
+    tokenizer.load(str(tmp_path / "no.json"))
+
+
+def test_file_that_is_no_tokenizer(tmp_path):
+  (tmp_path / "t.json").write_text("{]")
+  with pytest.raises(ValueError, match=r"t.json': expected a JSON file of the tokenizers library .*; save it with"):
+    tokenizer.load(str(tmp_path / "t.json"))
+
+
+def test_no_separator(tmp_path):
+  _byte_level("<pad>").save(str(tmp_path / "t.json"))
+  with pytest.raises(ValueError, match=r"expected a token that separates .*<\|endoftext\|>, </s>, <eos>.*; add one"):
+    tokenizer.load(str(tmp_path / "t.json"))

@@ -1,0 +1,91 @@
+"""Tokenizers: bytes, or a JSON file of the Hugging Face `tokenizers` library."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from worldlm_jax import checks
+
+SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "[SEP]", "<|end_of_text|>")  # looked for in this order
+
+
+class Tokenizer(Protocol):
+  """Text to ids and back. Ids are below `vocab_size`; `separator_id` stands between documents."""
+
+  name: str  # tells tokenizers apart, wherever their files lie
+  vocab_size: int
+  separator_id: int
+
+  def encode(self, text: str) -> np.ndarray:
+    """The ids of `text` (int32 [tokens]), without any separator or other special token."""
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of `ids`, without separators. Ids that form no text give replacement characters."""
+
+
+class ByteTokenizer:
+  """UTF-8 bytes as ids 0 to 255, and the separator 256."""
+
+  name = "bytes"
+  vocab_size = 257
+  separator_id = 256
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    values = np.asarray(ids, np.int64)
+    # No text for the separator, nor for the ids that a model with a rounded-up vocabulary may draw.
+    return values[values < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+  """A tokenizer saved by the `tokenizers` library (a tokenizer.json of the Hugging Face hub).
+
+  Raises:
+    ValueError: the file cannot be read as a tokenizer, or has none of `SEPARATORS`.
+  """
+
+  def __init__(self, path: str):
+    import tokenizers  # only those who use it wait for it
+
+    try:
+      content = Path(path).expanduser().read_bytes()
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exceptions
+      raise ValueError(f"config.data.tokenizer={path!r}: expected a JSON file of the tokenizers library ({error}); "
+                       "save it with tokenizers.Tokenizer.save, or set config.data.tokenizer=bytes") from error
+    # A file may ask for truncation, padding or special tokens found in the text; documents must stay whole.
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self._tokenizer.encode_special_tokens = True
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    separator = next((token for token in SEPARATORS if token in vocabulary), None)
+    if separator is None:
+      raise ValueError(f"config.data.tokenizer={path!r}: expected a token that separates documents, one of "
+                       f"{', '.join(SEPARATORS)}; add one with tokenizers.Tokenizer.add_special_tokens")
+    self.name = f"{Path(path).name}@{hashlib.sha256(content).hexdigest()[:8]}"
+    self.vocab_size = max(vocabulary.values()) + 1  # ids need not be consecutive
+    self.separator_id = vocabulary[separator]
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return self._tokenizer.decode([int(i) for i in ids if i != self.separator_id])
+
+
+def load(spec: str) -> Tokenizer:
+  """The tokenizer that `config.data.tokenizer` names: "bytes", or the path of a JSON file.
+
+  Raises:
+    ValueError: the file is missing, is no tokenizer, or has no token that separates documents.
+  """
+  if spec == "bytes":
+    return ByteTokenizer()
+  checks.require(Path(spec).expanduser().is_file(), "config.data.tokenizer", spec,
+                 "'bytes' or the path of a tokenizers JSON file", "correct the path, or set it to bytes")
+  return HuggingFaceTokenizer(spec)

@@ -1,0 +1,223 @@
+"""The federation tree: read from a config, a YAML file or a folder tree, resolved and frozen.
+
+A node is named by its path from the root, such as `law/eu`; the root's own path is ".". Nodes of
+the same depth form a level; within a level the children of one parent stand side by side.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from worldlm_jax import checks, config as config_lib
+
+ROOT = "."
+_YAML_SOURCES = {
+  "text": lambda value, base: config_lib.TextFolder(str(base / value)),
+  "stdlib": lambda value, base: config_lib.StandardLibrary(value),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """A node of the resolved tree, with the settings it inherited and overrode."""
+
+  path: str
+  name: str
+  parent: str | None
+  data: config_lib.Source | None
+  settings: config_lib.NodeSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Federation:
+  """The resolved tree by levels: `levels[d]` holds the nodes of depth `d`, siblings side by side."""
+
+  levels: tuple[tuple[Member, ...], ...]
+
+  @functools.cached_property
+  def members(self) -> tuple[Member, ...]:
+    """All nodes, root first, level by level."""
+    return tuple(member for level in self.levels for member in level)
+
+  @functools.cached_property
+  def parents(self) -> tuple[np.ndarray, ...]:
+    """Per level, the index of each node's parent within the level above: int32 `[N_d]`, -1 for the root."""
+    result = [np.full(1, -1, np.int32)]
+    for above, level in zip(self.levels, self.levels[1:], strict=False):
+      position = {member.path: i for i, member in enumerate(above)}
+      result.append(np.array([position[str(member.parent)] for member in level], np.int32))
+    return tuple(result)
+
+  def children(self, level: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sibling groups under `level`: indices into the level below and their mask, both `[N, S]`.
+
+    S is the largest number of children in the level (at least 1); absent places hold index 0.
+    """
+    below = self.parents[level + 1]
+    groups = [np.flatnonzero(below == i) for i in range(len(self.levels[level]))]
+    size = max(1, *(len(group) for group in groups))
+    index = np.zeros((len(groups), size), np.int32)
+    mask = np.zeros((len(groups), size), bool)
+    for i, group in enumerate(groups):
+      index[i, : len(group)], mask[i, : len(group)] = group, True
+    return index, mask
+
+  def is_federation(self, level: int) -> np.ndarray:
+    """Which nodes of a level have children: bool `[N]`."""
+    if level + 1 == len(self.levels):
+      return np.zeros(len(self.levels[level]), bool)
+    return self.children(level)[1].any(axis=1)
+
+  def subtree(self, path: str) -> tuple[Member, ...]:
+    """The node and all below it, in tree order (parents before children, depth first)."""
+    below = [m for m in self.members if m.parent == path]
+    here = next(m for m in self.members if m.path == path)
+    return (here, *(member for child in below for member in self.subtree(child.path)))
+
+
+def depth(path: str) -> int:
+  """How many edges lie between the root and the node."""
+  return 0 if path == ROOT else path.count("/") + 1
+
+
+def is_within(path: str, ancestor: str) -> bool:
+  """Whether `path` is `ancestor` or lies below it."""
+  return ancestor == ROOT or path == ancestor or path.startswith(ancestor + "/")
+
+
+def resolve(config: config_lib.Config) -> Federation:
+  """Validates a config and freezes its tree, with settings inherited from the root down.
+
+  Raises `ValueError` naming the field or node, its value, what was expected and the remedy.
+  """
+  config_lib.validate(config)
+  root = _configured_tree(config.federation)
+  levels: list[list[Member]] = []
+  unused = {path: dict(values) for path, values in config.federation.overrides.items()}
+
+  def visit(node: config_lib.Node, path: str, parent: str | None, inherited: config_lib.NodeSettings) -> None:
+    own = dict(node.settings) | unused.pop(path, {})
+    settings = _override(inherited, own, f"node {path!r}")
+    config_lib.validate_node_settings(settings, f"node {path!r}")
+    if not node.children and node.data is None:
+      checks.fail(f"node {path!r}: data", None, "a source of text at every node without children",
+                  "give it data or remove the node")
+    level = depth(path)
+    levels.extend([] for _ in range(level + 1 - len(levels)))
+    levels[level].append(Member(path, node.name, parent, node.data, settings))
+    _check_names([child.name for child in node.children], path)
+    for child in node.children:
+      visit(child, child.name if path == ROOT else f"{path}/{child.name}", path, settings)
+
+  visit(root, ROOT, None, copy.copy(config.node))
+  federation = Federation(tuple(tuple(level) for level in levels))
+  for path in unused:
+    checks.fail("node", path, "the path of a node of the tree",
+                checks.did_you_mean(path, [m.path for m in federation.members]) or "the root is '.'")
+  return federation
+
+
+def parse_override(text: str) -> tuple[str, str, str]:
+  """Splits `law/eu.local_steps=20` (the root is ".") into path, field and value, still a string."""
+  left, equals, value = text.partition("=")
+  path, dot, field = left.rpartition(".")
+  if not (equals and dot and path and field):
+    checks.fail("--node", text, "PATH.FIELD=VALUE, such as law/eu.local_steps=20 ('..local_steps=20' for the root)")
+  return path, field, value
+
+
+def _configured_tree(federation: config_lib.FederationConfig) -> config_lib.Node:
+  given = [name for name in ("root", "yaml", "folder") if getattr(federation, name)]
+  if len(given) != 1:
+    checks.fail("config.federation", given, "exactly one of root, yaml and folder",
+                "pass for instance --config.federation.folder=PATH, with a config file that sets none of the others")
+  if federation.yaml:
+    return _tree_from_yaml(Path(federation.yaml))
+  if federation.folder:
+    folder = Path(federation.folder)
+    checks.require(folder.is_dir(), "config.federation.folder", federation.folder, "an existing folder")
+    return _tree_from_folder(folder)
+  assert federation.root is not None
+  return federation.root
+
+
+def _tree_from_folder(folder: Path) -> config_lib.Node:
+  """Each folder is a node; one that holds .txt files has data. Hidden folders are left out."""
+  try:
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+  except OSError as error:
+    raise ValueError(f"federation.folder: {folder} cannot be read ({error.strerror}); make it readable") from error
+  names = [entry for entry in entries if not entry.name.startswith((".", "__"))]
+  children = [_tree_from_folder(Path(entry.path)) for entry in names if entry.is_dir()]
+  has_text = any(entry.is_file() and entry.name.endswith(".txt") for entry in names)
+  if not children and not has_text:
+    checks.fail("federation.folder", str(folder), "a folder that holds .txt files or folders of them",
+                "add train.txt, valid.txt and test.txt (or other .txt files), or remove the folder")
+  data = config_lib.TextFolder(str(folder)) if has_text else None
+  return config_lib.Node(folder.resolve().name, data, children)
+
+
+def _tree_from_yaml(path: Path) -> config_lib.Node:
+  """Nested mappings with the keys name, data ({text: FOLDER} or {stdlib: FAMILY}), settings, children."""
+  try:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    raise ValueError(f"config.federation.yaml={str(path)!r}: expected a readable YAML file; {error}") from error
+
+  def build(entry: Any, where: str) -> config_lib.Node:
+    if not isinstance(entry, dict):
+      checks.fail(f"{path}: {where}", entry, "a mapping with the keys name, data, settings, children")
+    for key in entry:
+      checks.one_of(f"{path}: {where}: key", key, ("name", "data", "settings", "children"))
+    name = str(entry.get("name") or checks.fail(f"{path}: {where}: name", entry.get("name"), "a name"))
+    here = f"{where} / {name}"
+    data, children, settings = entry.get("data"), entry.get("children") or [], entry.get("settings") or {}
+    if data is not None:
+      if not (isinstance(data, dict) and len(data) == 1):
+        checks.fail(f"{path}: {here}: data", data, "{text: FOLDER} or {stdlib: FAMILY}")
+      ((kind, value),) = data.items()
+      checks.one_of(f"{path}: {here}: data", kind, _YAML_SOURCES)
+      data = _YAML_SOURCES[kind](value, path.parent)
+    checks.require(isinstance(children, list), f"{path}: {here}: children", children, "a list of nodes")
+    checks.require(isinstance(settings, dict), f"{path}: {here}: settings", settings, "a mapping of settings")
+    return config_lib.Node(name, data, [build(child, here) for child in children], settings)
+
+  return build(content, "root")
+
+
+def _check_names(names: list[str], path: str) -> None:
+  for i, name in enumerate(names):
+    if not name or "/" in name or name in (".", ".."):
+      checks.fail(f"child {i} of node {path!r}: name", name, "a name without '/', not empty, '.' or '..'",
+                  "'/' separates the names in a node's path: rename the node")
+    checks.require(name not in names[:i], f"child {i} of node {path!r}: name", name,
+                   "a name that no sibling has", "rename one of the two")
+
+
+def _override(settings: config_lib.NodeSettings, values: dict[str, Any], where: str) -> config_lib.NodeSettings:
+  types = {field.name: field.type for field in dataclasses.fields(config_lib.NodeSettings)}
+  for name, value in values.items():
+    checks.one_of(f"{where}: setting", name, types)
+    settings = dataclasses.replace(settings, **{name: _typed(value, types[name], f"{where}: {name}")})
+  return settings if values else copy.copy(settings)
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+  """The value as `kind` (int, float or str); strings are parsed, since flags give nothing else."""
+  try:
+    if kind is str and isinstance(value, str):
+      return value
+    if kind in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+      number = kind(value)
+      if not math.isnan(number) and (isinstance(value, str) or number == value):
+        return number
+  except (ValueError, OverflowError):
+    pass
+  return checks.fail(where, value, {int: "a whole number", float: "a number", str: "a word"}[kind])

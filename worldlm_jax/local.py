@@ -1,0 +1,140 @@
+"""Local training: every node of a level runs its own optimizer steps on its own batches.
+
+One node trains in a loop of as many steps as it has (`train_node`). The nodes of a level are spread
+over the devices, and on each device they go in waves of `nodes_at_once` side by side; within a wave
+the loop runs as long as its longest member, and a wave of one computes nothing in vain.
+
+A step whose loss or gradient is not finite is not taken, and the node stops there, so that the last
+good state can be saved and the step be named.
+
+Shapes: N nodes of a level, S steps, B windows per step, W tokens per window.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from worldlm_jax import model, partition, trees
+from worldlm_jax.config import NodeSettings, OptimizerConfig
+
+
+class Workload(NamedTuple):
+  """What nodes are to train on; with a node axis `[N]` in front of every leaf once stacked."""
+
+  windows: Any  # int32 [S, B, W]; places beyond a node's own steps and batch size are ignored
+  learning_rates: Any  # float32 [S]
+  steps: Any  # int32 scalar: how many of the S steps this node makes
+  batch_size: Any  # int32 scalar: how many of the B windows count
+  weight_decay: Any  # float32 scalar
+  clip_norm: Any  # float32 scalar
+
+
+class Trained(NamedTuple):
+  """What a node's training gives; with a node axis in front once stacked."""
+
+  params: model.Params
+  opt_state: trees.PyTree
+  losses: jax.Array  # float32 [S]: nats per token of each step; nan where there was none
+  steps: jax.Array  # int32 scalar: steps taken; fewer than asked for where a loss was not finite
+
+
+def learning_rates(settings: NodeSettings, total_steps: int) -> np.ndarray:
+  """The rate of each of a node's own steps over the whole run: float32 `[total_steps]`.
+
+  All schedules warm up linearly from 0. "cosine" then falls to a tenth of the peak, "wsd" stays and
+  falls linearly to zero over the last fifth, "constant" stays. Computed once, by Optax, on the host.
+  """
+  peak, warmup = settings.learning_rate, min(settings.warmup_steps, total_steps)
+  rest = max(1, total_steps - warmup)
+  decay = max(1, rest // 5)
+  after_warmup = {
+    "constant": lambda: optax.constant_schedule(peak),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=0.1),
+    "wsd": lambda: optax.join_schedules(
+      [optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, decay)], [rest - decay]
+    ),
+  }[settings.lr_schedule]()
+  schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after_warmup], [warmup])
+  # The first step is taken at rate 1 / warmup of the peak, not at rate 0.
+  steps = np.arange(total_steps) + (1 if warmup else 0)
+  return np.asarray(jax.vmap(schedule)(jnp.asarray(steps)), np.float32) if total_steps else np.zeros(0, np.float32)
+
+
+def optimizer(config: OptimizerConfig, clip_norm: Any = jnp.inf, weight_decay: Any = 0.0) -> optax.GradientTransformation:
+  """Clipping and AdamW (or plain SGD) up to the learning rate: its updates are multiplied by minus the rate."""
+  clip = optax.clip_by_global_norm(clip_norm)
+  if config.name == "sgd":
+    return optax.chain(clip, optax.identity(), optax.identity())
+  return optax.chain(
+    clip,
+    optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
+    optax.add_decayed_weights(weight_decay, mask=_is_decayed),
+  )
+
+
+def train_node(
+  arch: model.Architecture, config: OptimizerConfig, params: model.Params, opt_state: trees.PyTree, work: Workload
+) -> Trained:
+  """Runs `work.steps` optimizer steps on one node. Pure; shapes as in `Workload`."""
+  tx = optimizer(config, work.clip_norm, work.weight_decay)
+  if config.moments == "reset":
+    opt_state = trees.where(work.steps > 0, tx.init(params), opt_state)
+  max_steps, max_batch, width = work.windows.shape
+  micro = min(config.microbatch_size or max_batch, max_batch)
+  num_tokens = work.batch_size * (width - 1)
+
+  def gradient(params: model.Params, windows_BxW: jax.Array) -> tuple[jax.Array, model.Params]:
+    """Summed loss and its gradient over the batch, one microbatch after the other."""
+
+    def part(first: Any, windows: jax.Array) -> tuple[jax.Array, model.Params]:
+      rows_B = first + jnp.arange(windows.shape[0]) < work.batch_size
+      return jax.value_and_grad(lambda p: model.loss_sum(arch, p, windows, rows_B))(params)
+
+    def add(i: jax.Array, total: tuple[jax.Array, model.Params]) -> tuple[jax.Array, model.Params]:
+      return trees.add(total, part(i * micro, jax.lax.dynamic_slice_in_dim(windows_BxW, i * micro, micro)))
+
+    if micro == max_batch:
+      return part(0, windows_BxW)
+    return jax.lax.fori_loop(0, -(-work.batch_size // micro), add, (jnp.float32(0), trees.zeros_like(params)))
+
+  def step(carry: tuple) -> tuple:
+    i, _, params, state, losses_S = carry
+    loss, grads = gradient(params, work.windows[i])
+    grads = jax.tree.map(lambda g: g / num_tokens, grads)
+    updates, new_state = tx.update(grads, state, params)
+    new_params = optax.apply_updates(params, jax.tree.map(lambda u: -work.learning_rates[i] * u, updates))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+    params, state = trees.where(finite, (new_params, new_state), (params, state))
+    return i + finite, finite, params, state, losses_S.at[i].set(loss / num_tokens)
+
+  losses_S = jnp.full(max_steps, jnp.nan, jnp.float32)
+  carry = (jnp.int32(0), jnp.bool_(True), params, opt_state, losses_S)
+  steps, _, params, opt_state, losses_S = jax.lax.while_loop(lambda c: (c[0] < work.steps) & c[1], step, carry)
+  return Trained(params, opt_state, losses_S, steps)
+
+
+def train_level(
+  arch: model.Architecture, config: OptimizerConfig, nodes_at_once: int, mesh: jax.sharding.Mesh,
+  params: model.Params, opt_state: trees.PyTree, work: Workload,
+) -> Trained:
+  """Trains all nodes of a level: leaves `[N, ...]`, N a multiple of the mesh's node axis.
+
+  Every device trains its own share of the nodes, `nodes_at_once` side by side; nodes with 0 steps
+  come back as they were.
+  """
+
+  def train_share(params: model.Params, opt_state: trees.PyTree, work: Workload) -> Trained:
+    def one(node: tuple) -> Trained:
+      return train_node(arch, config, *node)
+
+    return jax.lax.map(one, (params, opt_state, work), batch_size=nodes_at_once)
+
+  return partition.per_device(train_share, mesh)(params, opt_state, work)
+
+
+def _is_decayed(params: model.Params) -> trees.PyTree:
+  """Weight decay is for matrices; norms keep their scale."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)

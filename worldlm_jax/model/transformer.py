@@ -1,0 +1,175 @@
+"""A decoder-only transformer of the Llama family: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+Flax NNX describes one block; the blocks are stacked on a leading layer axis and scanned, so that
+compile time does not grow with depth. To everything outside `model/` a model is two pure functions,
+`init` and `apply`, over the pytree `{"backbone": ..., "key_layers": ...}`:
+
+  backbone    embedding, the first L - m blocks, final norm and (untied) head: shared by all
+  key_layers  the last m blocks, leaves `[m, ...]`; empty where m = 0: personal to each node
+
+Shapes: B windows, T positions, D width, H heads, K key-value heads, C head width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from worldlm_jax.config import ModelConfig, num_key_layers
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """The frozen, hashable form of `ModelConfig`, with the vocabulary size and `m` filled in."""
+
+  num_layers: int
+  num_key_layers: int
+  d_model: int
+  num_heads: int
+  num_kv_heads: int
+  d_ff: int
+  vocab_size: int
+  rope_base: float
+  norm_epsilon: float
+  tied_head: bool
+  compute_dtype: str
+  remat: bool
+
+
+def architecture(config: ModelConfig, vocab_size: int) -> Architecture:
+  """Freezes a model config; `vocab_size` is the tokenizer's, used where the config says 0."""
+  fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
+  del fields["key_layer_share"]
+  fields["vocab_size"] = config.vocab_size or vocab_size
+  return Architecture(num_key_layers=num_key_layers(config), **fields)
+
+
+def init(arch: Architecture, key: jax.Array) -> Params:
+  """Random parameters, float32: matrices N(0, 0.02), those that write to the residual stream / sqrt(2 L)."""
+  key_embed, key_head, key_blocks = jax.random.split(key, 3)
+
+  def init_block(block_key: jax.Array) -> Any:
+    return nnx.to_pure_dict(nnx.state(_Block(arch, rngs=nnx.Rngs(block_key)), nnx.Param))
+
+  blocks = jax.vmap(init_block)(jax.random.split(key_blocks, arch.num_layers))
+  split = arch.num_layers - arch.num_key_layers
+  backbone = {
+    "embedding": 0.02 * jax.random.normal(key_embed, (arch.vocab_size, arch.d_model)),
+    "blocks": jax.tree.map(lambda leaf: leaf[:split], blocks),
+    "final_norm": jnp.ones(arch.d_model),
+  }
+  if not arch.tied_head:
+    backbone["head"] = 0.02 * jax.random.normal(key_head, (arch.d_model, arch.vocab_size))
+  key_layers = jax.tree.map(lambda leaf: leaf[split:], blocks) if arch.num_key_layers else {}
+  return {"backbone": backbone, "key_layers": key_layers}
+
+
+def abstract_params(arch: Architecture) -> Params:
+  """The shapes and dtypes of `init`'s result, without computing it."""
+  return jax.eval_shape(lambda: init(arch, jax.random.key(0)))
+
+
+def apply(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> jax.Array:
+  """Logits of each next token: int tokens `[B, T]` -> `[B, T, V]` in the compute dtype."""
+  dtype = jnp.dtype(arch.compute_dtype)
+  backbone = params["backbone"]
+  x_BxTxD = backbone["embedding"].astype(dtype)[tokens_BxT]
+  x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD)
+  if arch.num_key_layers:
+    x_BxTxD = _apply_blocks(arch, params["key_layers"], x_BxTxD)
+  x_BxTxD = _rms_norm(x_BxTxD, backbone["final_norm"], arch.norm_epsilon)
+  head_DxV = backbone["embedding"].T if arch.tied_head else backbone["head"]
+  return x_BxTxD @ head_DxV.astype(dtype)
+
+
+def loss_sum(arch: Architecture, params: Params, windows_BxW: jax.Array, rows_B: jax.Array) -> jax.Array:
+  """Summed next-token cross-entropy in nats, float32 scalar.
+
+  Args:
+    arch: the architecture.
+    params: `{"backbone", "key_layers"}`.
+    windows_BxW: int windows of W = T + 1 tokens; the first T are the input, the last T the targets.
+    rows_B: bool, which windows count; the others add nothing to the loss or its gradient.
+  """
+  logits_BxTxV = apply(arch, params, windows_BxW[:, :-1]).astype(jnp.float32)
+  targets_BxT = windows_BxW[:, 1:]
+  picked_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+  losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - picked_BxT
+  return jnp.sum(losses_BxT, where=rows_B[:, None])
+
+
+class _Block(nnx.Module):
+  """One pre-norm transformer block."""
+
+  def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+    self.arch = arch
+    d_head = arch.d_model // arch.num_heads
+    residual_scale = (2 * arch.num_layers) ** -0.5
+
+    def linear(d_in: int, d_out: int, scale: float = 1.0) -> nnx.Linear:
+      return nnx.Linear(d_in, d_out, use_bias=False, dtype=jnp.dtype(arch.compute_dtype), param_dtype=jnp.float32,
+                        kernel_init=nnx.initializers.normal(0.02 * scale), rngs=rngs)
+
+    self.attention_norm = nnx.Param(jnp.ones(arch.d_model))
+    self.query = linear(arch.d_model, arch.d_model)
+    self.key = linear(arch.d_model, arch.num_kv_heads * d_head)
+    self.value = linear(arch.d_model, arch.num_kv_heads * d_head)
+    self.attention_out = linear(arch.d_model, arch.d_model, residual_scale)
+    self.mlp_norm = nnx.Param(jnp.ones(arch.d_model))
+    self.gate = linear(arch.d_model, arch.d_ff)
+    self.up = linear(arch.d_model, arch.d_ff)
+    self.down = linear(arch.d_ff, arch.d_model, residual_scale)
+
+  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    arch = self.arch
+    h_BxTxD = _rms_norm(x_BxTxD, self.attention_norm[...], arch.norm_epsilon)
+    q_BxTxHxC = _rotate(_heads(self.query(h_BxTxD), arch.num_heads), arch.rope_base)
+    k_BxTxKxC = _rotate(_heads(self.key(h_BxTxD), arch.num_kv_heads), arch.rope_base)
+    v_BxTxKxC = _heads(self.value(h_BxTxD), arch.num_kv_heads)
+    mixed_BxTxHxC = jax.nn.dot_product_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, is_causal=True)
+    x_BxTxD = x_BxTxD + self.attention_out(mixed_BxTxHxC.reshape(x_BxTxD.shape))
+    h_BxTxD = _rms_norm(x_BxTxD, self.mlp_norm[...], arch.norm_epsilon)
+    return x_BxTxD + self.down(jax.nn.silu(self.gate(h_BxTxD)) * self.up(h_BxTxD))
+
+
+@functools.cache
+def _block_graph(arch: Architecture) -> Any:
+  """The static half of a block, which `nnx.merge` joins with one layer's parameters."""
+  return nnx.split(nnx.eval_shape(lambda: _Block(arch, rngs=nnx.Rngs(0))), nnx.Param, ...)
+
+
+def _apply_blocks(arch: Architecture, blocks: Any, x_BxTxD: jax.Array) -> jax.Array:
+  """Runs stacked blocks, leaves `[layers, ...]`, one after the other."""
+  graph, abstract_state, rest = _block_graph(arch)
+
+  def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+    state = jax.tree.map(lambda leaf: leaf, abstract_state)
+    nnx.replace_by_pure_dict(state, layer)
+    return nnx.merge(graph, state, rest)(x), None
+
+  return jax.lax.scan(jax.checkpoint(body) if arch.remat else body, x_BxTxD, blocks)[0]
+
+
+def _heads(x_BxTxN: jax.Array, num_heads: int) -> jax.Array:
+  return x_BxTxN.reshape(*x_BxTxN.shape[:-1], num_heads, -1)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+  """Root-mean-square norm over the last axis, in float32 whatever the compute dtype."""
+  x32 = x.astype(jnp.float32)
+  return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon) * scale).astype(x.dtype)
+
+
+def _rotate(x_BxTxHxC: jax.Array, base: float) -> jax.Array:
+  """Rotary positions (Su et al., arXiv:2104.09864), first half of the head paired with the second."""
+  half = x_BxTxHxC.shape[-1] // 2
+  frequencies_C = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles_TxC = jnp.arange(x_BxTxHxC.shape[1], dtype=jnp.float32)[:, None] * frequencies_C[None, :]
+  cos, sin = jnp.cos(angles_TxC)[None, :, None, :], jnp.sin(angles_TxC)[None, :, None, :]
+  a, b = jnp.split(x_BxTxHxC.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxHxC.dtype)

@@ -1,0 +1,72 @@
+"""Devices: the mesh, and what lies where. The only module that knows of either.
+
+The nodes of a level are stacked on axis 0, which is spread over the mesh axis `node`; a level whose
+size does not divide evenly is filled up with ghosts, nodes that take no part in anything. They sit on
+devices that would have nothing to do otherwise. Without an accelerator there is one CPU device, and
+none of this changes anything.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from worldlm_jax import trees
+
+NODE = "node"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with all devices (or those given) on the axis `node`."""
+  return Mesh(np.asarray(devices if devices is not None else jax.devices()), (NODE,))
+
+
+def padded_size(num_nodes: int, mesh: Mesh) -> int:
+  """`num_nodes` rounded up to a multiple of the devices on the node axis."""
+  size = mesh.shape[NODE]
+  return -(-num_nodes // size) * size
+
+
+def node_sharding(mesh: Mesh) -> NamedSharding:
+  """Axis 0 spread over the nodes' devices."""
+  return NamedSharding(mesh, PartitionSpec(NODE))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A full copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_nodes(tree: trees.PyTree, mesh: Mesh) -> trees.PyTree:
+  """Places stacked leaves `[n, ...]` on the mesh as `[padded_size(n), ...]`, ghosts filled with zeros."""
+
+  def put(leaf: Any) -> jax.Array:
+    leaf = np.asarray(leaf)
+    ghosts = padded_size(leaf.shape[0], mesh) - leaf.shape[0]
+    return jax.device_put(np.pad(leaf, [(0, ghosts)] + [(0, 0)] * (leaf.ndim - 1)), node_sharding(mesh))
+
+  return jax.tree.map(put, tree)
+
+
+def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """Runs `function` on each device's own share of axis 0, without any communication."""
+  spec = PartitionSpec(NODE)
+  return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+def choose_nodes_at_once(num_nodes: int, params: trees.PyTree, mesh: Mesh) -> int:
+  """How many of a device's nodes train side by side when the config leaves it open.
+
+  On CPUs one, since a single node already fills the cores. Elsewhere as many as fit into three
+  quarters of the device's free memory, at 7 times the parameters' bytes each: parameters and
+  moments, gradients, their update, and as much again for activations.
+  """
+  device = mesh.devices.flat[0]
+  share = padded_size(num_nodes, mesh) // mesh.shape[NODE]
+  stats = None if device.platform == "cpu" else device.memory_stats()
+  if not stats:
+    return 1
+  free = stats["bytes_limit"] - stats["bytes_in_use"]
+  return int(np.clip(0.75 * free / (7 * trees.num_bytes(params)), 1, share))

@@ -1,0 +1,83 @@
+"""The order of a round: which phase runs at which level, for which nodes.
+
+A round is a short list of steps built from the tree alone, so that the numeric code sees nothing but
+levels and masks:
+
+  down   nodes receive their parent's backbone and mix its key layers into their own
+  train  nodes with data train
+  up     federations merge what their members send
+
+Parallel schedule: a node trains, hands down, and merges when its children are done, the children of
+all federations of a level side by side; a federation with `rounds_per_parent_round` = k does this k
+times per round of its parent (HierFAVG's kappa, arXiv:1905.06641). Sequential schedule
+(arXiv:2405.14446): only one level trains, root first, for `rounds` rounds each; what lies above it
+hands down and merges, and what lies below it waits.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from worldlm_jax.federation import Federation, is_within
+
+
+class Step(NamedTuple):
+  """One phase at one level."""
+
+  kind: str  # "down" | "train" | "up"
+  level: int
+  active: np.ndarray  # bool [N]: the nodes of the level that take part
+  first_repeat: bool  # whether this is the first of the repeats within the parent's round
+
+
+def trains(federation: Federation, level: int) -> np.ndarray:
+  """Which nodes of a level train: those with data and local steps. bool `[N]`."""
+  return np.array([m.data is not None and m.settings.local_steps > 0 for m in federation.levels[level]])
+
+
+def stages(federation: Federation, schedule: str) -> list[int | None]:
+  """The levels that train in turn (None: all of them in every round)."""
+  if schedule == "parallel":
+    return [None]
+  return [level for level in range(len(federation.levels)) if trains(federation, level).any()]
+
+
+def round_steps(federation: Federation, stage: int | None, absent: Collection[str] = ()) -> list[Step]:
+  """The steps of one round of the root.
+
+  Args:
+    federation: the tree.
+    stage: the one level that trains, or None for all.
+    absent: paths of nodes that take no part in this round; all below them takes none either.
+  """
+  present = [
+    np.array([not any(is_within(m.path, gone) for gone in absent) for m in level]) for level in federation.levels
+  ]
+
+  def visit(level: int, active: np.ndarray, first_repeat: bool) -> Iterator[Step]:
+    yield Step("down", level, active, first_repeat)
+    training = active & trains(federation, level)
+    if stage in (None, level) and training.any():
+      yield Step("train", level, training, first_repeat)
+    if level + 1 == len(federation.levels) or stage == level:
+      return
+    heads = active & federation.is_federation(level)
+    repeats = np.array([1 if m.parent is None else m.settings.rounds_per_parent_round for m in federation.levels[level]])
+    for repeat in range(max(repeats[heads], default=0)):
+      running = heads & (repeats > repeat)
+      members = running[federation.parents[level + 1]] & present[level + 1]
+      yield from visit(level + 1, members, repeat == 0)
+      yield Step("up", level, running, first_repeat)
+
+  return list(visit(0, present[0], True))
+
+
+def steps_per_round(federation: Federation, stage: int | None) -> dict[str, int]:
+  """How many optimizer steps each node makes in a round in which everybody takes part."""
+  count = {member.path: 0 for member in federation.members}
+  for step in round_steps(federation, stage):
+    if step.kind == "train":
+      for member, active in zip(federation.levels[step.level], step.active, strict=True):
+        count[member.path] += int(active) * member.settings.local_steps
+  return count

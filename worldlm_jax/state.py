@@ -1,0 +1,119 @@
+"""The state of a federation: for each level of the tree, everything its nodes hold, stacked.
+
+All of it survives in a checkpoint. Leaves have a leading node axis `[N]`, N being the level's size
+rounded up to the mesh (ghosts included); M is the number of key layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from worldlm_jax import local, model, partition, trees
+from worldlm_jax.config import Config
+from worldlm_jax.exchange import backbone, residuals
+from worldlm_jax.federation import Federation, is_within
+
+
+class LevelState(NamedTuple):
+  """What the nodes of one level hold."""
+
+  params: model.Params  # {"backbone", "key_layers"}, leaves [N, ...]
+  opt_state: trees.PyTree  # the local optimizer's moments
+  server: trees.PyTree  # the server optimizer's state; only where the level has federations
+  update: trees.PyTree  # what the last local training changed in the key layers, leaves [N, M, ...]
+  residuals: residuals.Residuals | None  # sent up by the level's federations, [N, R, M, ...]
+  received: residuals.Residuals | None  # routed to the level's nodes, [N, R, M, ...]
+  step: jax.Array  # int32 [N]: optimizer steps made so far, which is the position in the node's data
+  own_tokens: jax.Array  # float32 [N]: tokens the node itself trained on since its last down-phase
+  tokens: jax.Array  # float32 [N]: the same for its whole subtree
+  trained: jax.Array  # bool [N]: whether the node trained since its last down-phase
+  fresh: jax.Array  # bool [N]: whether `update` is news to the others since its last down-phase
+
+
+class Topology(NamedTuple):
+  """How the nodes of one level are related, as index arrays; N and S include ghosts and padding."""
+
+  parent: np.ndarray  # int32 [N]: place in the level above
+  siblings: np.ndarray  # int32 [N, S]: places in this level, oneself excluded
+  siblings_mask: np.ndarray  # bool [N, S]
+  children: np.ndarray  # int32 [N, S]: places in the level below
+  children_mask: np.ndarray  # bool [N, S]
+  member: np.ndarray  # int32 [N]: place in Federation.members; -1 for ghosts
+  eligible: dict[int, np.ndarray]  # per level j: bool [N, N_j], whose residual layers a node may get
+
+
+def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh) -> Topology:
+  """The relations of one level."""
+  members = federation.levels[level]
+  size = partition.padded_size(len(members), mesh)
+
+  def pad(array: np.ndarray, value: int = 0) -> np.ndarray:
+    return np.pad(array, [(0, size - len(members))] + [(0, 0)] * (array.ndim - 1), constant_values=value)
+
+  parent = federation.parents[level]
+  groups = [[j for j in np.flatnonzero(parent == parent[i]) if j != i] for i in range(len(members))]
+  width = max(1, *(len(group) for group in groups)) if len(groups) > 1 else 1
+  siblings = np.zeros((len(members), width), np.int32)
+  siblings_mask = np.zeros((len(members), width), bool)
+  for i, group in enumerate(groups):
+    siblings[i, : len(group)], siblings_mask[i, : len(group)] = group, True
+  children = children_mask = np.zeros((len(members), 1), np.int32)
+  if level + 1 < len(federation.levels):
+    children, children_mask = federation.children(level)
+  offset = sum(len(above) for above in federation.levels[:level])
+  eligible = {}
+  for j in range(level, len(federation.levels)) if level else ():
+    allowed = np.zeros((size, partition.padded_size(len(federation.levels[j]), mesh)), bool)
+    for n, member in enumerate(members):
+      for o, other in enumerate(federation.levels[j]):
+        under_my_parent = is_within(other.path, str(member.parent))
+        allowed[n, o] = under_my_parent and not is_within(other.path, member.path) and federation.is_federation(j)[o]
+    if allowed.any():
+      eligible[j] = allowed
+  return Topology(
+    np.maximum(pad(parent), 0), pad(siblings), pad(siblings_mask).astype(bool), pad(children),
+    pad(children_mask).astype(bool), pad(np.arange(offset, offset + len(members), dtype=np.int32), -1), eligible,
+  )
+
+
+def receives_residuals(federation: Federation, mesh: jax.sharding.Mesh) -> list[bool]:
+  """Per level, whether residual layers can reach it: some are eligible there or reach the level above."""
+  reached: list[bool] = []
+  for level in range(len(federation.levels)):
+    reached.append(bool(topology(federation, level, mesh).eligible) or (level > 0 and reached[-1]))
+  return reached
+
+
+def init(
+  config: Config, federation: Federation, mesh: jax.sharding.Mesh, params: model.Params
+) -> tuple[LevelState, ...]:
+  """The state before the first round: all nodes hold the same parameters. Traceable; leaves `[N, ...]`."""
+  tx, server = local.optimizer(config.optimizer), backbone.server_optimizer(config.backbone)
+  key_layers = params["key_layers"]
+  sends, receives = config.key_layers.residuals_per_layer, config.key_layers.residuals_received
+  exchanges_residuals = bool(key_layers) and sends > 0 and receives > 0
+  reached = receives_residuals(federation, mesh)
+
+  def node(level: int) -> LevelState:
+    has_federations = bool(federation.is_federation(level).any())
+    return LevelState(
+      params=params,
+      opt_state=tx.init(params),
+      server=server.init(params["backbone"]) if has_federations else (),
+      update=trees.zeros_like(key_layers),
+      residuals=residuals.empty(key_layers, sends) if exchanges_residuals and has_federations and level else None,
+      received=residuals.empty(key_layers, receives) if exchanges_residuals and reached[level] else None,
+      step=jnp.int32(0),
+      own_tokens=jnp.float32(0),
+      tokens=jnp.float32(0),
+      trained=jnp.bool_(False),
+      fresh=jnp.bool_(False),
+    )
+
+  def stacked(level: int) -> LevelState:
+    size = partition.padded_size(len(federation.levels[level]), mesh)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), node(level))
+
+  return tuple(stacked(level) for level in range(len(federation.levels)))
