@@ -1,6 +1,7 @@
 """Laws of packing, windows and batches, and the text of a node."""
 
 import dataclasses
+import itertools
 
 import hypothesis
 import numpy as np
@@ -46,7 +47,7 @@ def test_windows_predict_every_token_at_most_once_and_overlap_by_one(num_tokens,
   rows = list(view)
   assert len(rows) == len(view)
   assert all(row.dtype == np.int32 and row.shape == (length + 1,) for row in rows)
-  assert all(before[-1] == after[0] for before, after in zip(rows, rows[1:], strict=False))
+  assert all(before[-1] == after[0] for before, after in itertools.pairwise(rows))
   targets = [token for row in rows for token in row[1:].tolist()]
   assert targets == list(range(1, 1 + len(targets)))
   assert max(0, num_tokens - 1) - len(targets) in range(length)  # less than a window is left over

@@ -53,7 +53,8 @@ def _fake_library(folder: Path) -> Path:
     file.write_text(f"# {module}\n{filler}" if module != "logging/stub" else "x = 1")
   (folder / "csv.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9" + filler.encode())
   (folder / "abc.py").write_text('"""Module.\n\n    Indented.\n    """\n'
-                                 f'class A:\n  """{filler.strip()}"""\n  def f(self):\n    """Method."""\n  x = "not one"\n')
+                                 f'class A:\n  """{filler.strip()}"""\n'
+                                 '  def f(self):\n    """Method."""\n  x = "not one"\n')
   return folder
 
 

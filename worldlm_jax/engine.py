@@ -61,7 +61,7 @@ class Engine:
     deeper = {j: r for j in topology.eligible if j > level and (r := state[j].residuals) is not None}
     above = state[level - 1] if level else None
 
-    def phase(own, above, deeper, nodes, phase):  # noqa: ANN001, ANN202
+    def phase(own, above, deeper, nodes, phase):
       return rules.down(self.algorithm, topology, own, above, deeper, nodes, phase)
 
     new, log = self._call(
@@ -76,7 +76,7 @@ class Engine:
     """The up-phase of `step.level`; `members_active` says who of the level below took part."""
     level = step.level
 
-    def phase(own, below, members_active, nodes, phase):  # noqa: ANN001, ANN202
+    def phase(own, below, members_active, nodes, phase):
       return rules.up(
         self.algorithm, self.topologies[level], own, below, members_active, self.topologies[level + 1], nodes, phase
       )
@@ -91,7 +91,7 @@ class Engine:
   def train(self, state: State, level: int, work: local.Workload) -> tuple[State, tuple[jax.Array, jax.Array]]:
     """Local training of a level: the new state, and losses `[N, S]` and steps taken `[N]`."""
 
-    def phase(own, work):  # noqa: ANN001, ANN202
+    def phase(own, work):
       trained = local.train_level(
         self.arch, self.config.optimizer, self.nodes_at_once, self.mesh, own.params, own.opt_state, work
       )

@@ -106,7 +106,7 @@ def train_node(
     grads = jax.tree.map(lambda g: g / num_tokens, grads)
     updates, new_state = tx.update(grads, state, params)
     new_params = optax.apply_updates(params, jax.tree.map(lambda u: -work.learning_rates[i] * u, updates))
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     params, state = trees.where(finite, (new_params, new_state), (params, state))
     return i + finite, finite, params, state, losses_S.at[i].set(loss / num_tokens)
 

@@ -31,7 +31,7 @@ def make(config: Config, arch: model.Architecture, *, any_validated: bool) -> Al
   """The pair of rules; `any_validated` says whether some node's acceptance is "validated"."""
   server = backbone_lib.server_optimizer(config.backbone)
 
-  def merge(own, state, members, parent, weights, own_weights):  # noqa: ANN001
+  def merge(own, state, members, parent, weights, own_weights):
     difference = backbone_lib.mean_difference(own, members, parent, weights, own_weights)
     return backbone_lib.apply_server_optimizer(server, own, state, difference)
 
@@ -64,14 +64,14 @@ class AttendRule(NamedTuple):
       news = (pool.round >= phase.round_index - 1) & (phase.first_repeat | ~from_above[:, None])
       pool = pool._replace(present=pool.present & news)
 
-    def one(node: NodeInputs, own, update, parent, eligible_P, siblings_S, siblings_mask_S, backbone_q):  # noqa: ANN001
+    def one(node: NodeInputs, own, update, parent, eligible_P, siblings_S, siblings_mask_S, backbone_q):
       own_layers, parents_layers = own, trees.take(above.params["key_layers"], parent)
       direction, reference = self._query(own_layers, update, parents_layers)
       received, log = None, {}
       if pool is not None:
-        offered = pool.layers
         similarity = "param_cosine" if self.config.similarity == "validation_loss" else self.config.similarity
-        scores = attend.parameter_scores(similarity, "layer", direction, reference, offered, pool.present)[0]
+        there = pool.present & eligible_P[:, None]
+        scores = attend.parameter_scores(similarity, "layer", direction, reference, pool.layers, there)[0]
         received = residuals_lib.route(pool, eligible_P, scores, level.received.present.shape[1])
         log = {"routed_origin": jnp.where(received.present, received.origin, -1), "routed_round": received.round}
       loss = self._loss(node, backbone_q)
@@ -104,7 +104,7 @@ class AttendRule(NamedTuple):
   ) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, dict[str, jax.Array]]:
     """The up-phase of a level: see `KeyLayerRule.merge`."""
 
-    def one(node: NodeInputs, own, update, trained, own_tokens, members_S, mask_S, backbone_p):  # noqa: ANN001
+    def one(node: NodeInputs, own, update, trained, own_tokens, members_S, mask_S, backbone_p):
       update = trees.where(trained, update, trees.zeros_like(update))
       tokens_S = below.tokens[members_S]
       uniform = self.config.prior == "uniform"
@@ -151,7 +151,7 @@ class AttendRule(NamedTuple):
       return update, trees.subtract(own, update)
     return own, None
 
-  def _attend_layers(self, own, direction, reference, candidates, mask_SxM, prior_S, node, loss):  # noqa: ANN001, ANN202
+  def _attend_layers(self, own, direction, reference, candidates, mask_SxM, prior_S, node, loss):
     """Mixed layers and the weights `[S, M]`, averaged over tensors."""
     config = self.config
     if config.similarity == "validation_loss":
@@ -166,7 +166,7 @@ class AttendRule(NamedTuple):
     )
     return attend.mix(own, candidates, weights, mask_SxM), jnp.mean(weights, axis=0)
 
-  def _attend_updates(self, update, candidates, mask_SxM, prior_S):  # noqa: ANN001, ANN202
+  def _attend_updates(self, update, candidates, mask_SxM, prior_S):
     """What to add, the weights beta and the cosines `[S, M]`, averaged over tensors."""
     addition, weights, cosines = attend.attend_updates(
       update, candidates, mask_SxM, prior_S, self.config.granularity, strength=self.config.update_strength,
@@ -174,13 +174,13 @@ class AttendRule(NamedTuple):
     )
     return addition, jnp.mean(weights, axis=0), jnp.mean(cosines, axis=0)
 
-  def _loss(self, node: NodeInputs, backbone: trees.PyTree):  # noqa: ANN202
+  def _loss(self, node: NodeInputs, backbone: trees.PyTree):
     """The loss of key layers on the node's validation batch."""
     return lambda key_layers: scoring.mean_loss(
       self.arch, {"backbone": backbone, "key_layers": key_layers}, node.windows, node.num_windows
     )
 
-  def _accept(self, own, mixed, node, loss):  # noqa: ANN001, ANN202
+  def _accept(self, own, mixed, node, loss):
     """Keeps the own layers where the node asks for validation and the mixed ones are worse."""
     if not self.any_validated:
       return mixed, jnp.bool_(True)

@@ -96,11 +96,11 @@ def attention_weights(
   Temperature inf with equal priors gives the plain mean; 0 gives everything to the highest score
   (the first of equals) without regard to the prior. All zero where no candidate is there.
   """
-  mask = jnp.broadcast_to(mask_SxM & (prior_S > 0)[:, None], (scores_TxSxM.shape[0], *mask_SxM.shape))
+  mask = jnp.broadcast_to((mask_SxM & (prior_S > 0)[:, None])[None], (scores_TxSxM.shape[0], *mask_SxM.shape))
   scores = jnp.where(mask, scores_TxSxM, -jnp.inf)
   hard = jax.nn.one_hot(jnp.argmax(scores, axis=1), mask.shape[1], axis=1)
   log_prior_S = jnp.log(jnp.where(prior_S > 0, prior_S, 1.0))
-  soft = jnp.where(mask, scores_TxSxM / jnp.where(temperature == 0, 1.0, temperature) + log_prior_S[:, None], -jnp.inf)
+  soft = jnp.where(mask, scores_TxSxM / jnp.where(temperature == 0, 1.0, temperature) + log_prior_S[None, :, None], -jnp.inf)
   highest = jnp.max(soft, axis=1, keepdims=True, initial=-jnp.inf, where=mask)
   soft = jnp.where(mask, jnp.exp(soft - jnp.where(jnp.isfinite(highest), highest, 0.0)), 0.0)
   total = jnp.sum(soft, axis=1, keepdims=True)
@@ -149,7 +149,7 @@ def attend_updates(
   cosines = _cosine(_inner(update, candidates, granularity), own_squared, _inner_self(candidates, granularity))
   shape = (cosines.shape[0], *mask_SxM.shape)
   cosines = jnp.broadcast_to(cosines, shape)
-  relevant = jnp.where(mask_SxM, strength * jax.nn.relu(cosines - threshold), 0.0)
+  relevant = jnp.where(mask_SxM[None], strength * jax.nn.relu(cosines - threshold), 0.0)
   follow = attention_weights(jnp.zeros(shape), mask_SxM, prior_S, jnp.float32(jnp.inf))
   trained = jnp.broadcast_to(own_squared > 0, shape)
   weights = jnp.where(trained, relevant, follow)

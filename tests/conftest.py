@@ -1,0 +1,145 @@
+"""Shared fixtures: 8 virtual CPU devices, strict numerics, tiny federations and a harness for their rounds."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from worldlm_jax import config as config_lib, engine as engine_lib, federation as federation_lib, local, model
+from worldlm_jax import oracle as oracle_lib, partition, schedule
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+VOCAB = 11
+MAX_BATCH = 3
+
+
+def tiny_config(root: config_lib.Node, **key_layers: Any) -> config_lib.Config:
+  """A model of 3 small blocks, 2 of them key layers, over windows of 7 + 1 tokens."""
+  config = config_lib.Config(
+    model=config_lib.ModelConfig(num_layers=3, d_model=12, num_heads=3, num_kv_heads=1, d_ff=17, key_layer_share=0.6),
+    data=config_lib.DataConfig(sequence_length=7),
+    key_layers=config_lib.KeyLayerConfig(**key_layers),
+    # A large epsilon keeps Adam from blowing rounding errors of tiny gradients up to whole steps.
+    optimizer=config_lib.OptimizerConfig(epsilon=1e-3),
+  )
+  config.federation.root = root
+  config.node = config_lib.NodeSettings(local_steps=2, batch_size=2, learning_rate=0.01, warmup_steps=1)
+  return config
+
+
+def node(name: str, *children: config_lib.Node, data: bool = True, **settings: Any) -> config_lib.Node:
+  """A node of a test tree; its text is never read."""
+  return config_lib.Node(name, config_lib.TextFolder("unread") if data else None, list(children), settings)
+
+
+def windows_of(path: str, step: int) -> np.ndarray:
+  """The batch of a node's step: int32 `[MAX_BATCH, 8]`, from the path and the step alone."""
+  seed = [*path.encode(), step]
+  return np.random.default_rng(seed).integers(0, VOCAB, (MAX_BATCH, 8)).astype(np.int32)
+
+
+@dataclasses.dataclass
+class Harness:
+  """Runs rounds of the engine, and of the oracle, on the same synthetic batches."""
+
+  config: config_lib.Config
+  num_devices: int = 1
+
+  def __post_init__(self) -> None:
+    self.federation = federation_lib.resolve(self.config)
+    self.arch = model.architecture(self.config.model, VOCAB)
+    mesh = partition.make_mesh(jax.devices()[: self.num_devices])
+    self.validation = {m.path: windows_of("validation of " + m.path, 0) for m in self.federation.members if m.data}
+    self.engine = engine_lib.Engine(self.config, self.federation, self.arch, mesh, self._validation_arrays())
+    self.state = self.engine.init()
+    self.logs: list[tuple[str, int, Any]] = []
+
+  def _validation_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    empty = np.zeros((MAX_BATCH, 8), np.int32)
+    return [
+      (np.stack([self.validation.get(m.path, empty) for m in level]),
+       np.array([MAX_BATCH * (m.path in self.validation) for m in level], np.int32))
+      for level in self.federation.levels
+    ]
+
+  def rate(self, path: str, step: int) -> float:
+    """The learning rate of a step: the node's peak, falling a little."""
+    peak = next(m.settings.learning_rate for m in self.federation.members if m.path == path)
+    return peak / (1 + 0.1 * step)
+
+  def workload(self, step: schedule.Step) -> local.Workload:
+    """What the nodes of a training step are to do."""
+    members, taken = self.federation.levels[step.level], np.asarray(self.state[step.level].step)
+    most = max(m.settings.local_steps for m in members)
+    return local.Workload(
+      np.array([[windows_of(m.path, taken[i] + s) for s in range(most)] for i, m in enumerate(members)]),
+      np.array([[self.rate(m.path, taken[i] + s) for s in range(most)] for i, m in enumerate(members)], np.float32),
+      np.array([m.settings.local_steps for m in members], np.int32) * step.active,
+      np.array([m.settings.batch_size for m in members], np.int32),
+      np.array([m.settings.weight_decay for m in members], np.float32),
+      np.array([m.settings.clip_norm for m in members], np.float32),
+    )
+
+  def round(self, index: int, stage: int | None = None, absent: Collection[str] = ()) -> None:
+    """One round of the engine."""
+    active: dict[int, np.ndarray] = {}
+    for step in schedule.round_steps(self.federation, stage, absent):
+      if step.kind == "down":
+        active[step.level] = step.active
+        self.state, log = self.engine.down(self.state, step, index)
+      elif step.kind == "train":
+        self.state, log = self.engine.train(self.state, step.level, self.workload(step))
+      else:
+        self.state, log = self.engine.up(self.state, step, active[step.level + 1], index)
+      self.logs.append((step.kind, step.level, jax.device_get(log)))
+
+  def oracle(self) -> oracle_lib.Oracle:
+    """The oracle with the same start, batches and rates."""
+    params = jax.device_get(jax.tree.map(lambda leaf: leaf[0], self.engine.init()[0].params))
+    return oracle_lib.Oracle(
+      self.config, self.federation, self.arch, params, windows_of, self.rate, self.validation
+    )
+
+  def params(self) -> dict[str, model.Params]:
+    """Each node's parameters by path."""
+    fetched = [jax.device_get(level.params) for level in self.state]
+    return {
+      m.path: jax.tree.map(lambda leaf, i=i: leaf[i], fetched[d])
+      for d, level in enumerate(self.federation.levels) for i, m in enumerate(level)
+    }
+
+
+def run(config: config_lib.Config, rounds: int = 2, num_devices: int = 1, absent: Sequence[Collection[str]] = ()) -> Harness:
+  """A harness after some rounds; `absent[r]` are the nodes missing in round r."""
+  harness = Harness(config, num_devices)
+  index = 0
+  for stage in schedule.stages(harness.federation, config.schedule):
+    for _ in range(rounds):
+      harness.round(index, stage, absent[index] if index < len(absent) else ())
+      index += 1
+  return harness
+
+
+def assert_trees_close(actual: Any, expected: Any, atol: float, message: str = "") -> None:
+  """Leaf by leaf, naming the leaf."""
+  for (path, a), (_, e) in zip(
+    jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves_with_path(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, e, atol=atol, rtol=0, err_msg=f"{message}{jax.tree_util.keystr(path)}")
+
+
+@pytest.fixture(scope="session")
+def rounds() -> Any:
+  """The helpers above as one namespace (tests cannot import each other)."""
+  import types
+
+  names: list[Callable] = [tiny_config, node, run, Harness, assert_trees_close, windows_of]
+  return types.SimpleNamespace(**{f.__name__: f for f in names}, vocab=VOCAB)

@@ -1,0 +1,410 @@
+"""The algorithm one node at a time: slow, obvious, and what the vectorised engine must agree with.
+
+`fit` is the recursion of a round as one would write it on paper. Nothing here is stacked, padded,
+masked or jitted (but for the gradient), and all sums over parameters run in NumPy's float64. Read it
+to understand the algorithm; the tests hold `worldlm_jax.engine` against it on random trees.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from worldlm_jax import local, model, schedule
+from worldlm_jax.config import Config
+from worldlm_jax.exchange import backbone as backbone_lib
+from worldlm_jax.federation import Federation, Member, is_within
+
+Layers = list[list[np.ndarray]]  # key layers as [tensor][layer], each flat and float64
+
+
+@dataclasses.dataclass
+class Residual:
+  """One layer that its federation could not use."""
+
+  layer: list[np.ndarray]  # the block's tensors
+  index: int
+  sender: str  # the federation that sent it up
+  origin: str  # the node whose layer it is
+  round: int
+
+
+class Shared(NamedTuple):
+  """What others may see of a node: its last update, whether it is news, and its residual layers."""
+
+  update: Layers
+  fresh: bool
+  sent: list[Residual]
+
+
+@dataclasses.dataclass
+class NodeState:
+  """What one node holds."""
+
+  backbone: Any
+  key_layers: Layers
+  opt_state: Any
+  server: Any
+  update: Layers
+  step: int = 0
+  own_tokens: int = 0
+  tokens: int = 0
+  trained: bool = False
+  fresh: bool = False
+  sent: list[Residual] = dataclasses.field(default_factory=list)
+  received: list[Residual] = dataclasses.field(default_factory=list)
+
+  def shared(self) -> Shared:
+    """What others may see of the node now."""
+    return Shared(self.update, self.fresh, self.sent)
+
+
+class Oracle:
+  """Runs rounds over a federation in plain Python.
+
+  Args:
+    config: a validated config.
+    federation: the resolved tree.
+    arch: the model.
+    params: the initial parameters of every node.
+    batch: (path, step) -> int32 `[B, W]`, the windows of a node's optimizer step.
+    learning_rate: (path, step) -> the rate of a node's optimizer step.
+    validation: path -> int32 `[E, W]`, the validation batches of nodes that have one.
+  """
+
+  def __init__(
+    self, config: Config, federation: Federation, arch: model.Architecture, params: model.Params,
+    batch: Callable[[str, int], np.ndarray], learning_rate: Callable[[str, int], float],
+    validation: dict[str, np.ndarray],
+  ):
+    self.config, self.federation, self.arch = config, federation, arch
+    self.batch, self.learning_rate, self.validation = batch, learning_rate, validation
+    self.structure = jax.tree.structure(params["key_layers"])
+    self.shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["key_layers"])]
+    self.num_layers = arch.num_key_layers
+    self.server = backbone_lib.server_optimizer(config.backbone)
+    self.nodes = {
+      m.path: NodeState(
+        params["backbone"], self._to_lists(params["key_layers"]), local.optimizer(config.optimizer).init(params),
+        self.server.init(params["backbone"]), _scaled(self._to_lists(params["key_layers"]), 0.0),
+      )
+      for m in federation.members
+    }
+    self.children: dict[str, list[Member]] = {m.path: [] for m in federation.members}
+    for member in federation.members[1:]:
+      self.children[str(member.parent)].append(member)
+
+  def params(self, path: str) -> model.Params:
+    """A node's parameters, as the engine holds them."""
+    node = self.nodes[path]
+    return {"backbone": node.backbone, "key_layers": self._from_lists(node.key_layers)}
+
+  def round(self, index: int, stage: int | None = None, absent: Collection[str] = ()) -> None:
+    """One round of the root; arguments as in `schedule.round_steps`."""
+    self.index, self.stage, self.absent = index, stage, absent
+    if not any(is_within(".", gone) for gone in absent):
+      self.fit(self.federation.members[0], None, True, {})
+
+  def fit(self, q: Member, parent: Member | None, first_repeat: bool, last: dict[str, Shared]) -> None:
+    """One round at node q: down-phase, training, its children's rounds, up-phase.
+
+    `last` is what the nodes below the parent shared when their round began: they run side by side,
+    and nobody sees what a sibling does meanwhile.
+    """
+    node, settings = self.nodes[q.path], q.settings
+    if parent is not None:
+      node.backbone = self.nodes[parent.path].backbone
+      if self.num_layers:
+        self._attend_down(q, parent, first_repeat, last)
+    node.own_tokens = node.tokens = 0
+    node.trained = node.fresh = False
+    level = 0 if q.parent is None else q.path.count("/") + 1
+    trains = schedule.trains(self.federation, level)[[m.path for m in self.federation.levels[level]].index(q.path)]
+    if trains and self.stage in (None, level):
+      self._train(q)
+    if self.stage == level or not self.children[q.path]:
+      return
+    for repeat in range(1 if parent is None else settings.rounds_per_parent_round):
+      here = [c for c in self.children[q.path] if not any(is_within(c.path, gone) for gone in self.absent)]
+      shared = {m.path: self.nodes[m.path].shared() for m in self.federation.subtree(q.path)[1:]}
+      for child in here:
+        self.fit(child, q, repeat == 0, shared)
+      if here:
+        self._merge(q, here)
+
+  def _train(self, q: Member) -> None:
+    node, settings = self.nodes[q.path], q.settings
+    tx = local.optimizer(self.config.optimizer, settings.clip_norm, settings.weight_decay)
+    params = self.params(q.path)
+    before = node.key_layers
+    if self.config.optimizer.moments == "reset":
+      node.opt_state = tx.init(params)
+    for _ in range(settings.local_steps):
+      windows = self.batch(q.path, node.step)[: settings.batch_size]
+      tokens = windows.shape[0] * (windows.shape[1] - 1)
+      grads = jax.tree.map(lambda g, n=tokens: g / n, _gradient(self.arch, params, windows))
+      updates, node.opt_state = tx.update(grads, node.opt_state, params)
+      rate = self.learning_rate(q.path, node.step)
+      params = optax.apply_updates(params, jax.tree.map(lambda u, r=rate: -r * u, updates))
+      node.step += 1
+      node.own_tokens += tokens
+    node.backbone, node.key_layers = params["backbone"], self._to_lists(params["key_layers"])
+    node.update = _sum([node.key_layers, before], [1.0, -1.0])
+    node.tokens += node.own_tokens
+    node.trained = node.fresh = True
+
+  def _attend_down(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> None:
+    node, above, keys = self.nodes[q.path], self.nodes[parent.path], self.config.key_layers
+    updates = keys.values == "updates"
+    direction, origin = self._query(node.key_layers, node.update, above.key_layers)
+    pool = self._pool(q, parent, first_repeat, last) if keys.residuals_per_layer and keys.residuals_received else []
+    node.received = []
+    for i in range(self.num_layers):
+      offers = [r for r in pool if r.index == i]
+      ranked = sorted(offers, key=lambda r: -self._routing_score(direction, origin, pool, r))
+      node.received += ranked[: keys.residuals_received]
+    received = node.received
+
+    def residual_layers(i: int) -> list[list[np.ndarray]]:
+      return [r.layer for r in received if r.index == i]
+
+    if updates:
+      others = [above.update] if above.trained and first_repeat else []
+      siblings = [c.path for c in self.children[parent.path] if c.path != q.path]
+      others += [last[path].update for path in siblings if last[path].fresh]
+      addition = self._attend_updates(node.update, [
+        [_layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)
+      ], None)
+      mixed = _sum([node.key_layers, addition], [1.0, 1.0])
+    else:
+      candidates = [
+        [_layer(node.key_layers, i), _layer(above.key_layers, i), *residual_layers(i)] for i in range(self.num_layers)
+      ]
+      mixed = self._attend_layers(q, node.key_layers, *self._query(node.key_layers, node.update, above.key_layers),
+                                  candidates, None, q.settings.down_temperature, node.backbone)
+    node.key_layers = self._accept(q, node.key_layers, mixed, node.backbone)
+
+  def _merge(self, p: Member, here: list[Member]) -> None:
+    node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
+    by_tokens = self.config.backbone.weights == "tokens"
+    weights = [m.tokens if by_tokens else float(m.tokens > 0) for m in members]
+    own_weight = (node.own_tokens if by_tokens else 1.0) if node.trained else 0.0
+    total = sum(weights) + own_weight
+    difference = jax.tree.map(
+      lambda own, *theirs: sum(
+        (w / total) * (np.float64(t) - np.float64(own)) for w, t in zip(weights, theirs, strict=True) if w
+      ) + np.zeros(own.shape),
+      node.backbone, *[m.backbone for m in members],
+    )
+    step, node.server = self.server.update(jax.tree.map(lambda d: -jnp.float32(d), difference), node.server, node.backbone)
+    node.backbone = optax.apply_updates(node.backbone, step)
+    if self.num_layers:
+      self._merge_key_layers(p, here)
+    node.tokens += sum(m.tokens for m in members)
+    node.fresh = node.fresh or any(m.tokens for m in members)
+
+  def _merge_key_layers(self, p: Member, here: list[Member]) -> None:
+    node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
+    keys = self.config.key_layers
+    update = node.update if node.trained else _scaled(node.update, 0.0)
+    if keys.values == "updates":
+      offered = [m.update for m in members]
+      prior = [float(m.tokens > 0) if keys.prior == "uniform" else m.tokens for m in members]
+      addition = self._attend_updates(update, [[_layer(o, i) for o in offered] for i in range(self.num_layers)], prior)
+      mixed = _sum([node.key_layers, addition], [1.0, 1.0])
+      use = self._last_cosines
+      if not node.trained:
+        node.update = addition
+    else:
+      offered = [m.key_layers for m in members]
+      own = [node.key_layers] if node.trained else []
+      prior = [node.own_tokens] * len(own) + [m.tokens for m in members]
+      direction, origin = self._query(node.key_layers, update, node.key_layers)
+      mixed = self._attend_layers(
+        p, node.key_layers, direction, origin, [[_layer(o, i) for o in own + offered] for i in range(self.num_layers)],
+        None if keys.prior == "uniform" else prior, p.settings.up_temperature, node.backbone,
+      )
+      use = self._last_weights[:, len(own):]
+    node.sent = []
+    if p.parent is not None and len(members) + node.trained > 1:
+      for i in range(self.num_layers):
+        for s in np.argsort(use[i], kind="stable")[: keys.residuals_per_layer]:
+          node.sent.append(Residual(_layer(offered[s], i), i, p.path, here[s].path, self.index))
+    node.key_layers = self._accept(p, node.key_layers, mixed, node.backbone)
+
+  def _query(self, own: Layers, update: Layers, parents: Layers) -> tuple[Layers | None, Layers | None]:
+    """Direction and origin of the comparison; see `AttendRule`. No origin means zero."""
+    if self.config.key_layers.values == "updates":
+      return update, None
+    if self.config.key_layers.similarity == "centered_cosine":
+      return _sum([own, parents], [1.0, -1.0]), parents
+    if self.config.key_layers.similarity == "update_cosine":
+      return update, _sum([own, update], [1.0, -1.0])
+    return own, None
+
+  def _pool(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> list[Residual]:
+    """Residual layers on this side of the tree that q may get."""
+    updates = self.config.key_layers.values == "updates"
+    found = [r for path, shared in last.items() if not is_within(path, q.path) for r in shared.sent]
+    from_above = [] if updates and not first_repeat else self.nodes[parent.path].received
+    return [r for r in found + from_above if not updates or r.round >= self.index - 1]
+
+  def _routing_score(self, direction: Layers, origin: Layers | None, pool: list[Residual], r: Residual) -> float:
+    moved = self._displacement(r.layer, origin, r.index)
+    query = _layer(direction, r.index)
+    if not any(_dot(t, t) for tensor in direction for t in tensor):
+      everyone = [self._displacement(o.layer, origin, o.index) for o in pool if o.index == r.index]
+      query = [np.mean(tensors, axis=0) for tensors in zip(*everyone, strict=True)]
+    a, b = np.concatenate(query), np.concatenate(moved)
+    if self.config.key_layers.similarity == "scaled_dot":
+      return _dot(a, b) / np.sqrt(a.size)
+    return _cosine(a, b)
+
+  def _displacement(self, layer: list[np.ndarray], origin: Layers | None, i: int) -> list[np.ndarray]:
+    return layer if origin is None else [t - o for t, o in zip(layer, _layer(origin, i), strict=True)]
+
+  def _attend_layers(self, q, own, direction, origin, candidates, prior, temperature, backbone) -> Layers:  # noqa: ANN001
+    """Softmax attention over whole layers; also leaves the weights `[M, S]`, averaged over tensors."""
+    keys = self.config.key_layers
+    moved = [[self._displacement(layer, origin, i) for layer in c] for i, c in enumerate(candidates)]
+    if not any(_dot(t, t) for tensor in direction for t in tensor):
+      mean = [[np.mean([layer[t] for layer in c], axis=0) for t in range(len(self.shapes))] for c in moved]
+      direction = [[mean[i][t] for i in range(self.num_layers)] for t in range(len(self.shapes))]
+    result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
+    weights = [np.zeros((len(self.shapes), len(c))) for c in candidates]
+    for unit in self._units():
+      pieces = [(t, i) for t, i in unit]
+      layers = sorted({i for _, i in pieces})
+      for i in layers:  # with granularity "all" the scores are shared, the candidates there may not be
+        scores = []
+        for s in range(len(candidates[i])):
+          a = np.concatenate([direction[t][j] for t, j in pieces])
+          b = np.concatenate([moved[j][s][t] for t, j in pieces])
+          if keys.similarity == "validation_loss":
+            swapped = [list(row) for row in own]
+            for t, j in pieces:
+              swapped[t][j] = candidates[j][s][t]
+            scores.append(-self._validation_loss(q, swapped, backbone))
+          elif keys.similarity == "scaled_dot":
+            scores.append(_dot(a, b) / np.sqrt(a.size))
+          else:
+            scores.append(_cosine(a, b))
+        w = _softmax(np.array(scores), prior, temperature)
+        for t, j in pieces:
+          if j == i:
+            result[t][i] = sum(w_s * c[t] for w_s, c in zip(w, candidates[i], strict=True)) if w.any() else own[t][i]
+            weights[i][t] = w
+    self._last_weights = np.array([w.mean(axis=0) for w in weights]) if len({w.shape for w in weights}) == 1 else None
+    return result
+
+  def _attend_updates(self, own: Layers, candidates: list[list[list[np.ndarray]]], prior: list[float] | None) -> Layers:
+    """What to add to layers that already hold `own`; also leaves the cosines `[M, S]`."""
+    keys = self.config.key_layers
+    result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
+    cosines = [np.zeros((len(self.shapes), len(c))) for c in candidates]
+    for unit in self._units():
+      own_vector = np.concatenate([own[t][i] for t, i in unit])
+      steps = {}
+      for t, i in unit:
+        if not _dot(own_vector, own_vector):
+          weights = np.ones(len(candidates[i])) if prior is None else np.array(prior)
+          total = weights.sum()
+          steps[t, i] = sum((w / total * c[t] for w, c in zip(weights, candidates[i], strict=True) if total), 0 * own[t][i])
+          continue
+        steps[t, i] = own[t][i]
+        for s, candidate in enumerate(candidates[i]):
+          # With granularity "all", a candidate's missing layers count as zeros.
+          theirs = np.concatenate([
+            candidates[j][s][u] if s < len(candidates[j]) else 0 * own[u][j] for u, j in unit
+          ])
+          cosines[i][t, s] = _cosine(own_vector, theirs)
+          beta = keys.update_strength * max(0.0, cosines[i][t, s] - keys.update_threshold)
+          steps[t, i] = steps[t, i] + beta * candidate[t]
+      step_vector = np.concatenate([steps[t, i] for t, i in unit])
+      own_norm, step_norm = np.linalg.norm(own_vector), np.linalg.norm(step_vector)
+      scale = min(1.0, keys.update_norm_cap * own_norm / step_norm) if own_norm and step_norm else 1.0
+      for t, i in unit:
+        result[t][i] = scale * steps[t, i] - own[t][i]
+    self._last_cosines = np.array([c.mean(axis=0) for c in cosines]) if len({c.shape for c in cosines}) == 1 else None
+    return result
+
+  def _units(self) -> list[list[tuple[int, int]]]:
+    """What attention treats as one: lists of (tensor, layer)."""
+    tensors, layers = range(len(self.shapes)), range(self.num_layers)
+    return {
+      "layer": [[(t, i) for t in tensors] for i in layers],
+      "tensor": [[(t, i)] for t in tensors for i in layers],
+      "all": [[(t, i) for t in tensors for i in layers]],
+    }[self.config.key_layers.granularity]
+
+  def _validation_loss(self, q: Member, key_layers: Layers, backbone: Any) -> float:
+    if q.path not in self.validation:
+      return 0.0
+    windows = self.validation[q.path]
+    params = {"backbone": backbone, "key_layers": self._from_lists(key_layers)}
+    return float(_loss(self.arch, params, windows)) / (windows.shape[0] * (windows.shape[1] - 1))
+
+  def _accept(self, q: Member, own: Layers, mixed: Layers, backbone: Any) -> Layers:
+    if q.settings.acceptance == "always" or q.path not in self.validation:
+      return mixed
+    worse = self._validation_loss(q, mixed, backbone) > self._validation_loss(q, own, backbone)
+    return own if worse else mixed
+
+  def _to_lists(self, key_layers: Any) -> Layers:
+    return [[np.asarray(layer, np.float64).ravel() for layer in leaf] for leaf in jax.tree.leaves(key_layers)]
+
+  def _from_lists(self, layers: Layers) -> Any:
+    leaves = [
+      jnp.stack([jnp.asarray(layer.reshape(shape), jnp.float32) for layer in tensor])
+      for tensor, shape in zip(layers, self.shapes, strict=True)
+    ]
+    return jax.tree.unflatten(self.structure, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(arch: model.Architecture, params: model.Params, windows_BxW: jax.Array) -> jax.Array:
+  return model.loss_sum(arch, params, windows_BxW, jnp.ones(windows_BxW.shape[0], bool))
+
+
+_gradient = functools.partial(jax.jit, static_argnums=0)(jax.grad(_loss, argnums=1))
+
+
+def _softmax(scores: np.ndarray, prior: list[float] | None, temperature: float) -> np.ndarray:
+  prior_S = np.ones(len(scores)) if prior is None else np.asarray(prior, np.float64)
+  if not prior_S.any():
+    return prior_S
+  scores = np.where(prior_S > 0, scores, -np.inf)
+  if temperature == 0:
+    return np.eye(len(scores))[np.argmax(scores)]
+  logits = scores / temperature if np.isfinite(temperature) else np.where(prior_S > 0, 0.0, -np.inf)
+  weights = prior_S * np.exp(logits - logits.max())
+  return weights / weights.sum()
+
+
+def _layer(layers: Layers, i: int) -> list[np.ndarray]:
+  return [tensor[i] for tensor in layers]
+
+
+def _sum(terms: list[Layers], factors: list[float]) -> Layers:
+  return [
+    [sum(f * term[t][i] for f, term in zip(factors, terms, strict=True)) for i in range(len(tensor))]
+    for t, tensor in enumerate(terms[0])
+  ]
+
+
+def _scaled(layers: Layers, factor: float) -> Layers:
+  return [[factor * layer for layer in tensor] for tensor in layers]
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+  return float(np.dot(a, b))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+  norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+  return _dot(a, b) / norms if norms else 0.0
