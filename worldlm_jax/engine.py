@@ -6,8 +6,8 @@ shapes is an error rather than a silent second compilation.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ from worldlm_jax.federation import Federation
 SCORE_BATCH = 32  # windows per forward pass when scoring
 
 State = tuple[state_lib.LevelState, ...]
+
+
+class WaveLog(NamedTuple):
+  """The training of one wave: which rows of the level, and how they fared."""
+
+  rows: np.ndarray  # int [w]
+  losses: jax.Array  # float32 [w, S], nats per token
+  steps: jax.Array  # int32 [w]: steps taken
 
 
 class Engine:
@@ -88,37 +96,69 @@ class Engine:
     )
     return _with_level(state, level, new), log
 
-  def train(self, state: State, level: int, work: local.Workload) -> tuple[State, tuple[jax.Array, jax.Array]]:
-    """Local training of a level: the new state, and losses `[N, S]` and steps taken `[N]`."""
+  def train(self, state: State, level: int, work: local.Workload) -> tuple[State, list[WaveLog]]:
+    """Local training of a level, wave by wave; `work` has leaves `[n, ...]`.
 
-    def phase(own, work):
-      trained = local.train_level(
-        self.arch, self.config.optimizer, self.nodes_at_once, self.mesh, own.params, own.opt_state, work
-      )
-      took_part = trained.steps > 0
-      moved = trees.subtract(trained.params["key_layers"], own.params["key_layers"])
-      tokens = jnp.float32(trained.steps * work.batch_size * (work.windows.shape[-1] - 1))
-      new = own._replace(
-        params=trained.params, opt_state=trained.opt_state, update=trees.where(took_part, moved, own.update),
-        step=own.step + trained.steps, own_tokens=own.own_tokens + tokens, tokens=own.tokens + tokens,
-        trained=own.trained | took_part, fresh=own.fresh | took_part,
-      )
-      return new, (trained.losses, trained.steps)
+    All levels share one compiled program as long as their waves and workloads have the same shape.
+    """
+    whole = state[level]
+    slim = whole._replace(server=(), residuals=None, received=None)  # what training does not touch stays behind
+    work = jax.tree.map(functools.partial(self._pad_host, level), work)
+    logs = []
+    for start, rows, new in self._waves(level):
+      wave_work = jax.tree.map(lambda leaf, rows=rows: leaf[rows], work)
+      wave_work = wave_work._replace(steps=np.where(new, wave_work.steps, 0))
+      wave = self._take(("take state", level), slim, start, len(rows))
+      wave, (losses, steps) = self._call(("train", *wave_work.windows.shape), self._train_phase, wave, self._put(wave_work))
+      slim = self._call(("put", level, len(rows)), functools.partial(partition.put_wave, mesh=self.mesh), slim, wave,
+                        np.int32(start), logs=False)
+      logs.append(WaveLog(rows[new], losses[new], steps[new]))
+    new_level = slim._replace(server=whole.server, residuals=whole.residuals, received=whole.received)
+    return _with_level(state, level, new_level), logs
 
-    padded = jax.tree.map(functools.partial(self._pad, level), work)
-    new, log = self._call(("train", level), phase, state[level], padded)
-    return _with_level(state, level, new), log
-
-  def score(self, state: State, level: int, windows: np.ndarray, counts: np.ndarray) -> jax.Array:
-    """Summed losses `[N]` of a level's nodes on their windows `[n, E, W]`, of which `counts[n]` count."""
-    batch = min(SCORE_BATCH, windows.shape[1])
-    rows = -(-windows.shape[1] // batch) * batch
-    windows = np.pad(windows, [(0, 0), (0, rows - windows.shape[1]), (0, 0)])
-    phase = functools.partial(scoring.score_level, self.arch, self.mesh, batch)
-    return self._call(
-      ("score", level, rows), phase, state[level].params, self._pad(level, windows), self._pad(level, counts),
-      donate=False,
+  def _train_phase(
+    self, own: state_lib.LevelState, work: local.Workload
+  ) -> tuple[state_lib.LevelState, tuple[jax.Array, jax.Array]]:
+    trained = local.train_nodes(self.arch, self.config.optimizer, self.mesh, own.params, own.opt_state, work)
+    took_part = trained.steps > 0
+    moved = trees.subtract(trained.params["key_layers"], own.params["key_layers"])
+    tokens = jnp.float32(trained.steps * work.batch_size * (work.windows.shape[-1] - 1))
+    new = own._replace(
+      params=trained.params, opt_state=trained.opt_state, update=trees.where(took_part, moved, own.update),
+      step=own.step + trained.steps, own_tokens=own.own_tokens + tokens, tokens=own.tokens + tokens,
+      trained=own.trained | took_part, fresh=own.fresh | took_part,
     )
+    return new, (trained.losses, trained.steps)
+
+  def score(self, state: State, level: int, windows: np.ndarray, counts: np.ndarray) -> list[tuple[np.ndarray, jax.Array]]:
+    """Scores a level's nodes on windows `[n, E, W]`, of which the first `counts[n]` count.
+
+    Returns pairs of (rows, summed losses of these rows), to be added up by `scores_by_row`.
+    """
+    windows, counts = self._pad_host(level, windows), self._pad_host(level, counts)
+    score = functools.partial(scoring.score_nodes, self.arch, self.mesh)
+    found = []
+    for start, rows, new in self._waves(level):
+      wanted = np.where(new, counts[rows], 0)
+      if not wanted.any():
+        continue
+      params = self._take(("take params", level), state[level].params, start, len(rows))
+      for begin in range(0, int(wanted.max()), SCORE_BATCH):
+        batch = windows[rows, begin : begin + SCORE_BATCH]
+        batch = np.pad(batch, [(0, 0), (0, SCORE_BATCH - batch.shape[1]), (0, 0)])
+        here = np.clip(wanted - begin, 0, SCORE_BATCH).astype(np.int32)
+        losses = self._call(("score", len(rows)), score, params, self._put(batch), self._put(here), donate=False, logs=False)
+        found.append((rows, losses))
+    return found
+
+  def _waves(self, level: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    size = partition.padded_size(len(self.federation.levels[level]), self.mesh)
+    return partition.waves(size, self.nodes_at_once, self.mesh)
+
+  def _take(self, name: tuple, tree: trees.PyTree, start: int, num_rows: int) -> trees.PyTree:
+    size = num_rows // self.mesh.size
+    take = functools.partial(partition.take_wave, size=size, mesh=self.mesh)
+    return self._call((*name, size), take, tree, np.int32(start), donate=False, logs=False)
 
   def _inputs(self, level: int, active: np.ndarray, temperature: str) -> rules.NodeInputs:
     members = self.federation.levels[level]
@@ -135,18 +175,36 @@ class Engine:
     )
 
   def _pad(self, level: int, array: np.ndarray) -> jax.Array:
-    assert len(array) == len(self.federation.levels[level])
-    return partition.put_nodes(array, self.mesh)
+    return self._put(self._pad_host(level, array))
 
-  def _call(self, name: tuple, phase: Callable, *args: Any, donate: bool = True) -> Any:
-    """Calls the compiled phase; its first argument is a level's state, given up to the new one."""
+  def _pad_host(self, level: int, array: np.ndarray) -> np.ndarray:
+    assert len(array) == len(self.federation.levels[level])
+    return partition.pad_nodes(array, self.mesh)
+
+  def _put(self, tree: trees.PyTree) -> trees.PyTree:
+    return jax.device_put(tree, partition.node_sharding(self.mesh))
+
+  def _call(self, name: tuple, phase: Callable, *args: Any, donate: bool = True, logs: bool = True) -> Any:
+    """Calls the compiled phase; unless told otherwise, its first argument is given up to its first result.
+
+    `logs` says that the result is a pair, of which only the first is spread over the node axis.
+    """
     if name not in self._compiled:
       begin = time.perf_counter()
       nodes = partition.node_sharding(self.mesh)
-      jitted = jax.jit(phase, donate_argnums=0 if donate else (), out_shardings=(nodes, None) if donate else None)
+      jitted = jax.jit(phase, donate_argnums=0 if donate else (), out_shardings=(nodes, None) if logs else nodes)
       self._compiled[name] = jitted.lower(*args).compile()
       self.compile_seconds += time.perf_counter() - begin
     return self._compiled[name](*args)
+
+
+def scores_by_row(found: list[tuple[np.ndarray, jax.Array]], num_nodes: int) -> np.ndarray:
+  """Adds up what `Engine.score` found: float64 `[n]` summed losses in nats."""
+  total = np.zeros(num_nodes)
+  for rows, losses in jax.device_get(found):
+    inside = rows < num_nodes
+    np.add.at(total, rows[inside], np.asarray(losses, np.float64)[inside])
+  return total
 
 
 def any_validated(federation: Federation) -> bool:

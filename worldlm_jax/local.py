@@ -1,8 +1,8 @@
 """Local training: every node of a level runs its own optimizer steps on its own batches.
 
-One node trains in a loop of as many steps as it has (`train_node`). The nodes of a level are spread
-over the devices, and on each device they go in waves of `nodes_at_once` side by side; within a wave
-the loop runs as long as its longest member, and a wave of one computes nothing in vain.
+One node trains in a loop of as many steps as it has (`train_node`); the nodes of a wave train side by
+side, spread over the devices (`train_nodes`). A wave takes as long as its longest member, and a wave
+of one node per device computes nothing in vain.
 
 A step whose loss or gradient is not finite is not taken, and the node stops there, so that the last
 good state can be saved and the step be named.
@@ -10,6 +10,7 @@ good state can be saved and the step be named.
 Shapes: N nodes of a level, S steps, B windows per step, W tokens per window.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -116,21 +117,18 @@ def train_node(
   return Trained(params, opt_state, losses_S, steps)
 
 
-def train_level(
-  arch: model.Architecture, config: OptimizerConfig, nodes_at_once: int, mesh: jax.sharding.Mesh,
+def train_nodes(
+  arch: model.Architecture, config: OptimizerConfig, mesh: jax.sharding.Mesh,
   params: model.Params, opt_state: trees.PyTree, work: Workload,
 ) -> Trained:
-  """Trains all nodes of a level: leaves `[N, ...]`, N a multiple of the mesh's node axis.
+  """Trains nodes side by side: leaves `[N, ...]`, N a multiple of the mesh's node axis.
 
-  Every device trains its own share of the nodes, `nodes_at_once` side by side; nodes with 0 steps
-  come back as they were.
+  Every device trains its own share; the loop runs as long as the longest, and nodes with 0 steps come
+  back as they were.
   """
 
-  def train_share(params: model.Params, opt_state: trees.PyTree, work: Workload) -> Trained:
-    def one(node: tuple) -> Trained:
-      return train_node(arch, config, *node)
-
-    return jax.lax.map(one, (params, opt_state, work), batch_size=nodes_at_once)
+  def train_share(*share: Any) -> Trained:
+    return jax.vmap(functools.partial(train_node, arch, config))(*share)
 
   return partition.per_device(train_share, mesh)(params, opt_state, work)
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from worldlm_jax import local, model, schedule
-from worldlm_jax.config import Config
+from worldlm_jax.config import Config, OptimizerConfig
 from worldlm_jax.exchange import backbone as backbone_lib
 from worldlm_jax.federation import Federation, Member, is_within
 
@@ -85,8 +85,10 @@ class Oracle:
     self.config, self.federation, self.arch = config, federation, arch
     self.batch, self.learning_rate, self.validation = batch, learning_rate, validation
     self.structure = jax.tree.structure(params["key_layers"])
+    params = jax.tree.map(jnp.asarray, params)
     self.shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["key_layers"])]
     self.num_layers = arch.num_key_layers
+    self._step = jax.jit(functools.partial(_optimizer_step, arch, config.optimizer))
     self.server = backbone_lib.server_optimizer(config.backbone)
     self.nodes = {
       m.path: NodeState(
@@ -139,20 +141,16 @@ class Oracle:
 
   def _train(self, q: Member) -> None:
     node, settings = self.nodes[q.path], q.settings
-    tx = local.optimizer(self.config.optimizer, settings.clip_norm, settings.weight_decay)
     params = self.params(q.path)
     before = node.key_layers
     if self.config.optimizer.moments == "reset":
-      node.opt_state = tx.init(params)
+      node.opt_state = local.optimizer(self.config.optimizer).init(params)
     for _ in range(settings.local_steps):
       windows = self.batch(q.path, node.step)[: settings.batch_size]
-      tokens = windows.shape[0] * (windows.shape[1] - 1)
-      grads = jax.tree.map(lambda g, n=tokens: g / n, _gradient(self.arch, params, windows))
-      updates, node.opt_state = tx.update(grads, node.opt_state, params)
-      rate = self.learning_rate(q.path, node.step)
-      params = optax.apply_updates(params, jax.tree.map(lambda u, r=rate: -r * u, updates))
+      rates = self.learning_rate(q.path, node.step), settings.clip_norm, settings.weight_decay
+      params, node.opt_state = self._step(params, node.opt_state, windows, *rates)
       node.step += 1
-      node.own_tokens += tokens
+      node.own_tokens += windows.shape[0] * (windows.shape[1] - 1)
     node.backbone, node.key_layers = params["backbone"], self._to_lists(params["key_layers"])
     node.update = _sum([node.key_layers, before], [1.0, -1.0])
     node.tokens += node.own_tokens
@@ -371,7 +369,14 @@ def _loss(arch: model.Architecture, params: model.Params, windows_BxW: jax.Array
   return model.loss_sum(arch, params, windows_BxW, jnp.ones(windows_BxW.shape[0], bool))
 
 
-_gradient = functools.partial(jax.jit, static_argnums=0)(jax.grad(_loss, argnums=1))
+def _optimizer_step(
+  arch: model.Architecture, config: OptimizerConfig, params: model.Params, state: Any, windows_BxW: jax.Array,
+  rate: float, clip_norm: float, weight_decay: float,
+) -> tuple[model.Params, Any]:
+  tokens = windows_BxW.shape[0] * (windows_BxW.shape[1] - 1)
+  grads = jax.grad(lambda p: _loss(arch, p, windows_BxW) / tokens)(params)
+  updates, state = local.optimizer(config, clip_norm, weight_decay).update(grads, state, params)
+  return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), state
 
 
 def _softmax(scores: np.ndarray, prior: list[float] | None, temperature: float) -> np.ndarray:

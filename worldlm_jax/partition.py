@@ -6,7 +6,7 @@ devices that would have nothing to do otherwise. Without an accelerator there is
 none of this changes anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,21 +39,49 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def put_nodes(tree: trees.PyTree, mesh: Mesh) -> trees.PyTree:
-  """Places stacked leaves `[n, ...]` on the mesh as `[padded_size(n), ...]`, ghosts filled with zeros."""
-
-  def put(leaf: Any) -> jax.Array:
-    leaf = np.asarray(leaf)
-    ghosts = padded_size(leaf.shape[0], mesh) - leaf.shape[0]
-    return jax.device_put(np.pad(leaf, [(0, ghosts)] + [(0, 0)] * (leaf.ndim - 1)), node_sharding(mesh))
-
-  return jax.tree.map(put, tree)
+def pad_nodes(array: np.ndarray, mesh: Mesh) -> np.ndarray:
+  """Fills axis 0 up to `padded_size` with zeros: the ghosts."""
+  ghosts = padded_size(array.shape[0], mesh) - array.shape[0]
+  return np.pad(array, [(0, ghosts)] + [(0, 0)] * (array.ndim - 1))
 
 
 def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   """Runs `function` on each device's own share of axis 0, without any communication."""
   spec = PartitionSpec(NODE)
   return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+def take_wave(tree: trees.PyTree, start: jax.Array, size: int, mesh: Mesh) -> trees.PyTree:
+  """Of every device's own share of axis 0, the `size` rows from `start` on: leaves `[devices * size, ...]`."""
+
+  def take(tree: trees.PyTree) -> trees.PyTree:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), tree)
+
+  return per_device(take, mesh)(tree)
+
+
+def put_wave(tree: trees.PyTree, wave: trees.PyTree, start: jax.Array, mesh: Mesh) -> trees.PyTree:
+  """The inverse of `take_wave`: `tree` with those rows replaced by `wave`."""
+
+  def put(tree: trees.PyTree, wave: trees.PyTree) -> trees.PyTree:
+    return jax.tree.map(lambda leaf, rows: jax.lax.dynamic_update_slice_in_dim(leaf, rows, start, 0), tree, wave)
+
+  return per_device(put, mesh)(tree, wave)
+
+
+def waves(num_rows: int, size: int, mesh: Mesh) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+  """Cuts `num_rows` padded rows into waves of at most `size` rows per device.
+
+  Yields for each wave its start within a device's share, the rows it holds, and which of them are new:
+  where `size` does not divide the share, the last wave overlaps the one before it.
+  """
+  share = num_rows // mesh.shape[NODE]
+  size = min(size, share)
+  for begin in range(0, share, size):
+    start = min(begin, share - size)
+    within = np.arange(start, start + size)
+    rows = (share * np.arange(mesh.shape[NODE])[:, None] + within[None, :]).ravel()
+    yield start, rows, np.tile(within >= begin, mesh.shape[NODE])
 
 
 def choose_nodes_at_once(num_nodes: int, params: trees.PyTree, mesh: Mesh) -> int:

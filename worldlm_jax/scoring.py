@@ -40,32 +40,23 @@ def mean_loss(arch: model.Architecture, params: model.Params, windows_ExW: jax.A
   return model.loss_sum(arch, params, windows_ExW, rows_E) / jnp.maximum(count * (windows_ExW.shape[1] - 1), 1)
 
 
-def score_level(
-  arch: model.Architecture, mesh: jax.sharding.Mesh, batch_size: int,
-  params: model.Params, windows_NxExW: jax.Array, count_N: jax.Array,
+def score_nodes(
+  arch: model.Architecture, mesh: jax.sharding.Mesh, params: model.Params, windows_NxBxW: jax.Array, count_N: jax.Array
 ) -> jax.Array:
-  """Summed loss of each node of a level on its own windows: float32 `[N]`.
+  """Summed loss of each node on one batch of its own windows: float32 `[N]`.
 
   Args:
     arch: the architecture.
     mesh: whose node axis divides N.
-    batch_size: windows per forward pass; E must be a multiple of it.
     params: leaves `[N, ...]`.
-    windows_NxExW: int32 windows; of node n only the first `count_N[n]` count, and only they are computed.
+    windows_NxBxW: int32 windows, of which the first `count_N[n]` count.
     count_N: int32.
   """
 
-  def score_node(node: tuple) -> jax.Array:
-    params, windows_ExW, count = node
-
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-      part_BxW = jax.lax.dynamic_slice_in_dim(windows_ExW, i * batch_size, batch_size)
-      rows_B = i * batch_size + jnp.arange(batch_size) < count
-      return total + model.loss_sum(arch, params, part_BxW, rows_B)
-
-    return jax.lax.fori_loop(0, -(-count // batch_size), add, jnp.float32(0))
-
   def score_share(*share: jax.Array) -> jax.Array:
-    return jax.lax.map(score_node, share)
+    def one(params: model.Params, windows_BxW: jax.Array, count: jax.Array) -> jax.Array:
+      return model.loss_sum(arch, params, windows_BxW, jnp.arange(windows_BxW.shape[0]) < count)
 
-  return partition.per_device(score_share, mesh)(params, windows_NxExW, count_N)
+    return jax.vmap(one)(*share)
+
+  return partition.per_device(score_share, mesh)(params, windows_NxBxW, count_N)
