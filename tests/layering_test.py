@@ -15,11 +15,11 @@ PACKAGE = Path(worldlm_jax.__file__).parent
 LAYERS = (
   ("trees", "checks"),
   ("config", "federation", "rngs"),
-  ("model", "data", "partition", "metrics"),
+  ("model", "data", "partition", "metrics", "progress"),
   ("local", "exchange", "scoring", "schedule"),
   ("state", "algorithms", "oracle"),
-  ("checkpoint", "engine", "train"),
-  ("progress", "main", "compare", "report", "evaluate", "export", "generate", "tokenizer"),
+  ("checkpoint", "engine", "feed", "records", "train", "workdir"),
+  ("main", "compare", "report", "evaluate", "export", "generate", "tokenizer"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

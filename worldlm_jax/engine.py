@@ -59,9 +59,14 @@ class Engine:
 
   def init(self) -> State:
     """The state before the first round; every node starts from the same parameters."""
-    params = jax.jit(functools.partial(model.init, self.arch))(rngs.key(self.config.seed, "init"))
-    build = functools.partial(state_lib.init, self.config, self.federation, self.mesh)
-    return jax.jit(build, out_shardings=partition.node_sharding(self.mesh))(params)
+    return jax.jit(self._init, out_shardings=partition.node_sharding(self.mesh))(rngs.key(self.config.seed, "init"))
+
+  def abstract_state(self) -> State:
+    """The shapes and dtypes of the state, without computing it."""
+    return jax.eval_shape(self._init, rngs.key(self.config.seed, "init"))
+
+  def _init(self, key: jax.Array) -> State:
+    return state_lib.init(self.config, self.federation, self.mesh, model.init(self.arch, key))
 
   def down(self, state: State, step: schedule.Step, round_index: int) -> tuple[State, dict[str, jax.Array]]:
     """The down-phase of `step.level`: the new state and the exchange's log."""

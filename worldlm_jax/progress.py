@@ -8,8 +8,8 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len, set_cell_size
@@ -68,6 +68,25 @@ def for_stdout() -> Reporter:
   """`LiveTable` where standard output is a terminal that can redraw, `PlainLines` elsewhere."""
   console = Console()
   return LiveTable(console) if sys.stdout.isatty() and not console.is_dumb_terminal else PlainLines()
+
+
+class Silent:
+  """Shows nothing: for notebooks and tests."""
+
+  def start(self, title_lines: list[str], total_rounds: int, first_round: int) -> None:
+    """Does nothing."""
+
+  def phase(self, round_index: int, text: str, fraction: float) -> None:
+    """Does nothing."""
+
+  def round(self, round_index: int, rows: Sequence[Row], seconds: float) -> None:
+    """Does nothing."""
+
+  def message(self, text: str) -> None:
+    """Does nothing."""
+
+  def stop(self) -> None:
+    """Does nothing."""
 
 
 class PlainLines:
@@ -234,3 +253,20 @@ def _duration(seconds: float) -> str:
   if seconds < 100 * 60:
     return f"{seconds / 60:.0f} min"
   return f"{seconds / 3600:.1f} h"
+
+
+def closing_lines(summary: Mapping[str, Any], workdir: str) -> str:
+  """What a finished run says: the test scores of every node and of the tree."""
+  width = max(len(path) for path in summary["nodes"])
+  lines = [f"test split{'':{width - 6}}perplexity received  personalised  bits per byte"]
+  for path, node in summary["nodes"].items():
+    if "received" in node:
+      received, own = node["received"], node["personalised"]
+      lines.append(f"{path:{width}}{received['perplexity']:23.3f}{own['perplexity']:14.3f}{own['bits_per_byte']:15.4f}")
+  tree = summary["tree"]
+  means = [tree[kind]["mean"]["perplexity"] for kind in ("received", "personalised")]
+  lines.append(f"{'mean':{width}}{means[0]:23.3f}{means[1]:14.3f}{tree['personalised']['mean']['bits_per_byte']:15.4f}")
+  seconds = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in summary["seconds"].items())
+  lines.append(f"seconds: {seconds}")
+  lines.append(f"sent: {summary['bytes_down'] / 1e6:.1f} MB down, {summary['bytes_up'] / 1e6:.1f} MB up; see {workdir}")
+  return "\n".join(lines)

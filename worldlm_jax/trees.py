@@ -56,3 +56,8 @@ def num_parameters(tree: PyTree) -> int:
 def num_bytes(tree: PyTree) -> int:
   """The number of bytes of the tree's leaves; leaves may be abstract."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def leaves(tree: PyTree) -> list[Any]:
+  """The tree's leaves in order."""
+  return jax.tree.leaves(tree)

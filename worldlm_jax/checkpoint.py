@@ -1,0 +1,139 @@
+"""Checkpoints of a whole federation with Orbax: asynchronous, strict, checked for damage.
+
+A checkpoint holds the state of every node (ghosts left out, so that it can be restored onto another
+number of devices), a JSON record of where the run stands, and a checksum of the arrays: Orbax notices
+missing and cut files, but not a flipped bit in an array.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from worldlm_jax import checks, metrics, partition
+from worldlm_jax.config import CheckpointConfig
+from worldlm_jax.engine import State
+from worldlm_jax.federation import Federation
+
+
+class Restored(NamedTuple):
+  """What a checkpoint gives back."""
+
+  state: State
+  record: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints under `folder`, numbered by the place in the run at which they were made.
+
+  Kept are the last `keep_last` and the `keep_best` with the lowest loss among those that have one.
+  """
+
+  def __init__(self, folder: Path, config: CheckpointConfig, federation: Federation, mesh: jax.sharding.Mesh):
+    self.folder, self._mesh = folder, mesh
+    self._sizes = [len(level) for level in federation.levels]
+    best = preservation_policy.BestN(
+      get_metric_fn=lambda scores: scores["loss_nats"], reverse=True, n=config.keep_best,
+      keep_checkpoints_without_metrics=False,
+    )
+    policy = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(config.keep_last), best])
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(), options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+    )
+
+  def save(self, number: int, state: State, record: dict[str, Any], loss_nats: float | None) -> None:
+    """Begins to save; returns once the arrays are copied. Failures surface here or in `wait`."""
+    arrays = self._without_ghosts(state)
+    record = record | {"checksum": _checksum(arrays)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
+    self._explained(lambda: self._manager.save(
+      number, args=items, metrics=None if loss_nats is None else {"loss_nats": loss_nats}, force=True
+    ))
+
+  def wait(self) -> None:
+    """Returns when everything is on disk."""
+    self._explained(self._manager.wait_until_finished)
+
+  def close(self) -> None:
+    """Ends the manager's threads; call `wait` before."""
+    self._manager.close()
+
+  def restore_newest(self, abstract: State, say: Callable[[str], None]) -> Restored | None:
+    """The newest intact checkpoint, or None where there is none at all.
+
+    Damaged ones are reported through `say` and moved to `damaged/` beside the checkpoints' folder.
+
+    Args:
+      abstract: shapes, dtypes and shardings of the state, ghosts included.
+      say: takes one line of text.
+
+    Raises:
+      ValueError: there are checkpoints, and all of them are damaged.
+    """
+    numbers = sorted(self._manager.all_steps(), reverse=True)
+    for number in numbers:
+      try:
+        return self._restore(number, abstract)
+      except Exception as error:  # noqa: BLE001 - Orbax and TensorStore raise what they like on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        target = self.folder.parent / "damaged" / str(number)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(self.folder / str(number), target)
+        say(f"checkpoint {number} is damaged ({reason}); moved to {target}, falling back to the one before it")
+    self._manager.reload()
+    checks.require(not numbers, "checkpoints", str(self.folder), "at least one that is intact",
+                   "start afresh with --overwrite")
+    return None
+
+  def _restore(self, number: int, abstract: State) -> Restored:
+    arrays = jax.tree.map(
+      lambda leaf, size: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype,
+                                              sharding=partition.replicated(self._mesh)),
+      list(abstract), [jax.tree.map(lambda _, n=n: n, level) for n, level in zip(self._sizes, abstract, strict=True)],
+    )
+    found = self._manager.restore(
+      number, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays), record=ocp.args.JsonRestore())
+    )
+    record = dict(found.record)
+    if _checksum(found.state) != record.pop("checksum"):
+      raise ValueError("the arrays do not have the checksum they were saved with")
+    nodes = partition.node_sharding(self._mesh)
+    state = jax.tree.map(
+      lambda leaf: jax.device_put(partition.pad_nodes(np.asarray(leaf), self._mesh), nodes), list(found.state)
+    )
+    return Restored(tuple(state), record)
+
+  def _without_ghosts(self, state: State) -> list[Any]:
+    return [jax.tree.map(lambda leaf, n=n: leaf[:n], level) for n, level in zip(self._sizes, state, strict=True)]
+
+  def _explained(self, action: Callable[[], Any]) -> None:
+    try:
+      action()
+    except Exception as error:
+      if metrics.out_of_space(error):
+        raise metrics.no_space_error(self.folder) from error
+      raise
+
+
+@jax.jit
+def _leaf_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+  """Of each array, sum_i bits_i * (2 i + 1) modulo 2^32: any single changed element changes it."""
+
+  def one(leaf: jax.Array) -> jax.Array:
+    flat = leaf.ravel()
+    bits = jax.lax.bitcast_convert_type(flat, jnp.uint32) if flat.dtype.itemsize == 4 else flat.astype(jnp.uint32)
+    return jnp.sum(bits * (2 * jnp.arange(flat.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+  return [one(leaf) for leaf in leaves]
+
+
+def _checksum(arrays: Any) -> str:
+  sums = jax.device_get(_leaf_checksums(jax.tree.leaves(arrays)))
+  return np.asarray(sums, "<u4").tobytes().hex()

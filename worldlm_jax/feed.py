@@ -1,0 +1,95 @@
+"""The batches of a run in the order in which training asks for them, prepared ahead in a thread."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from worldlm_jax import local, schedule
+from worldlm_jax.data.batches import NodeBatches
+from worldlm_jax.federation import Federation
+
+
+def workload(
+  federation: Federation, step: schedule.Step, batches: Mapping[str, NodeBatches], rates: Mapping[str, np.ndarray],
+  positions: Mapping[str, int], shape: tuple[int, int, int],
+) -> local.Workload:
+  """What the nodes of a training step do: leaves `[n, ...]`.
+
+  Args:
+    federation: the tree.
+    step: a step of kind "train".
+    batches: the batches of each node with data, by path.
+    rates: the learning rate of each of a node's own steps, by path.
+    positions: how many steps each node has made so far.
+    shape: (S, B, W), the same for all levels so that they share one compiled program.
+  """
+  members = federation.levels[step.level]
+  windows = np.zeros((len(members), *shape), np.int32)
+  learning_rates = np.zeros((len(members), shape[0]), np.float32)
+  steps = np.zeros(len(members), np.int32)
+  for i, member in enumerate(members):
+    if step.active[i]:
+      count, start = member.settings.local_steps, positions[member.path]
+      windows[i, :count, : member.settings.batch_size] = batches[member.path].batches(start, count)
+      learning_rates[i, :count] = rates[member.path][start : start + count]
+      steps[i] = count
+  return local.Workload(
+    windows, learning_rates, steps,
+    np.array([member.settings.batch_size for member in members], np.int32),
+    np.array([member.settings.weight_decay for member in members], np.float32),
+    np.array([member.settings.clip_norm for member in members], np.float32),
+  )
+
+
+def workload_shape(federation: Federation, microbatch_size: int, sequence_length: int) -> tuple[int, int, int]:
+  """The largest S and B over all nodes that train, B rounded up to whole microbatches, and W."""
+  training = [m.settings for m in federation.members if m.data is not None and m.settings.local_steps]
+  steps = max((settings.local_steps for settings in training), default=1)
+  batch = max((settings.batch_size for settings in training), default=1)
+  micro = min(microbatch_size, batch) or batch
+  return steps, -(-batch // micro) * micro, sequence_length + 1
+
+
+class Feed:
+  """Hands out the workloads of `source` one after the other, the next ones prepared meanwhile."""
+
+  def __init__(self, source: Iterable[local.Workload]):
+    self.wait_seconds = 0.0
+    self._ready: queue.Queue = queue.Queue(maxsize=2)
+    self._stopped = threading.Event()
+    self._thread = threading.Thread(target=self._fill, args=(iter(source),), name="feed", daemon=True)
+    self._thread.start()
+
+  def next(self) -> local.Workload:
+    """The next workload; the time spent waiting for it is booked. Raises what preparing it raised."""
+    begin = time.perf_counter()
+    item = self._ready.get()
+    self.wait_seconds += time.perf_counter() - begin
+    if isinstance(item, BaseException):
+      raise item
+    return item
+
+  def stop(self) -> None:
+    """Ends the thread."""
+    self._stopped.set()
+    self._thread.join()
+
+  def _fill(self, source: Iterator[local.Workload]) -> None:
+    try:
+      for item in source:
+        if not self._offer(item):
+          return
+    except Exception as error:  # noqa: BLE001 - handed to the thread that asks for it
+      self._offer(error)
+
+  def _offer(self, item: local.Workload | Exception) -> bool:
+    while not self._stopped.is_set():
+      try:
+        self._ready.put(item, timeout=0.2)
+        return True
+      except queue.Full:
+        continue
+    return False

@@ -1,0 +1,83 @@
+"""Records on disk: JSON that is never half written, and JSONL that a resumed run continues."""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file in one step: readers see the old content or the new."""
+  _replace(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+  """Appends one line per row."""
+  with _no_space_explained(path), path.open("a", encoding="utf-8") as file:
+    file.write("".join(json.dumps(_finite(row)) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+  """All complete rows; a last line that was cut short is left out."""
+  rows = []
+  for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def keep_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+  """Drops the rows for which `keep` is false, and a last line that was cut short."""
+  if path.exists():
+    _replace(path, "".join(json.dumps(row) + "\n" for row in read_jsonl(path) if keep(row)))
+
+
+def out_of_space(error: BaseException) -> bool:
+  """Whether an error, or what caused it, says that the disk is full."""
+  full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+  causes = [cause for cause in (error.__cause__, error.__context__) if cause is not None]
+  return full or "No space left" in str(error) or any(out_of_space(cause) for cause in causes)
+
+
+def no_space_error(path: Path) -> OSError:
+  """What to tell a person whose disk is full."""
+  return OSError(
+    errno.ENOSPC, f"no space left while writing {path}: the newest complete checkpoint is kept; free some space "
+    "(or set config.checkpoint.keep_last lower) and run the same command again to resume"
+  )
+
+
+class _no_space_explained:
+  def __init__(self, path: Path):
+    self.path = path
+
+  def __enter__(self) -> None:
+    pass
+
+  def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+    if error is not None and out_of_space(error):
+      raise no_space_error(self.path) from error
+
+
+def _replace(path: Path, text: str) -> None:
+  temporary = path.with_name(path.name + ".new")
+  with _no_space_explained(path):
+    with temporary.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+  """JSON has no NaN or infinity: they become null."""
+  if isinstance(value, dict):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,133 @@
+"""What is written about a round: one row per node, with who it took from and what its edges carried."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from worldlm_jax import engine, state as state_lib, trees
+from worldlm_jax.config import KeyLayerConfig
+from worldlm_jax.federation import Federation
+from worldlm_jax.scoring import Score
+
+Rows = dict[str, dict[str, Any]]  # by path
+
+
+def blank(federation: Federation, round_index: int) -> Rows:
+  """The rows of a round before anything has happened in it."""
+  return {
+    m.path: {"round": round_index, "node": m.path, "bytes_down": 0, "bytes_up": 0} for m in federation.members
+  }
+
+
+def score_record(score: Score, bytes_per_token: float) -> dict[str, float]:
+  """A score in the three units that people ask for."""
+  return {
+    "loss_nats": score.loss_nats, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte(bytes_per_token)
+  }
+
+
+class Exchanges:
+  """Turns the logs of the exchange into rows: names instead of places, bytes instead of masks.
+
+  Bytes count what crosses the edge between a node and its parent, as float32: the backbone, the key
+  layers (or their update) and residual layers, each time they travel. With attention over updates the
+  parent does the mixing, so that no residual update is sent on to a leaf.
+  """
+
+  def __init__(self, federation: Federation, config: KeyLayerConfig, params: trees.PyTree):
+    self._federation, self._over_updates = federation, config.values == "updates"
+    self._paths = [m.path for m in federation.members]
+    self._node_bytes = trees.num_bytes(params)
+    num_layers = max((leaf.shape[0] for leaf in trees.leaves(params["key_layers"])), default=1)
+    self._layer_bytes = trees.num_bytes(params["key_layers"]) // num_layers
+
+  def down(self, rows: Rows, level: int, active: np.ndarray, topology: state_lib.Topology, log: Mapping[str, Any]) -> None:
+    """Adds a down-phase to the rows of the nodes that took part."""
+    for i, member in enumerate(self._federation.levels[level]):
+      if not active[i] or member.parent is None:
+        continue
+      row = rows[member.path]
+      origins = np.asarray(log.get("routed_origin", np.full((i + 1, 0, 0), -1)))[i]
+      forwards = not self._over_updates or self._federation.is_federation(level)[i]
+      row["bytes_down"] += self._node_bytes + int((origins >= 0).sum()) * self._layer_bytes * bool(forwards)
+      if "weights" not in log:
+        continue
+      num_residuals = origins.shape[0]
+      residual_names = [[f"residual of {self._paths[o]}" if o >= 0 else "" for o in layers] for layers in origins]
+      num_layers = np.asarray(log["weights"]).shape[-1]
+
+      def every(name: str, count: int = num_layers) -> list[str]:
+        return [name] * count
+
+      names = [] if self._over_updates else [every("self")]
+      names += [every(member.parent), *residual_names]
+      if self._over_updates:
+        siblings = zip(topology.siblings[i], topology.siblings_mask[i], strict=True)
+        names += [every(self._federation.levels[level][s].path if there else "") for s, there in siblings]
+      weights = np.asarray(log["weights"])[i]
+      row["attention_down"] = _by_source(names, weights)
+      row["accepted"] = bool(np.asarray(log["accepted"])[i])
+      if num_residuals:
+        row["residuals_received"] = [
+          {"layer": k, "from": self._paths[origins[r, k]], "made_in_round": int(np.asarray(log["routed_round"])[i, r, k])}
+          for r in range(num_residuals) for k in range(num_layers) if origins[r, k] >= 0
+        ]
+
+  def up(
+    self, rows: Rows, level: int, active: np.ndarray, members_active: np.ndarray, topology: state_lib.Topology,
+    log: Mapping[str, Any], present: Mapping[int, np.ndarray],
+  ) -> None:
+    """Adds an up-phase; `present[j]` says which residual layers level j's federations hold, `[n, R, M]`."""
+    federation = self._federation
+    for i, member in enumerate(federation.levels[level]):
+      if not active[i]:
+        continue
+      for c, child in enumerate(federation.levels[level + 1]):
+        if federation.parents[level + 1][c] == i and members_active[c]:
+          rows[child.path]["bytes_up"] += self._node_bytes + self._residuals_below(child.path, present) * self._layer_bytes
+      if "weights" in log:
+        own = [] if self._over_updates else [["self"]]
+        names = own + [
+          [federation.levels[level + 1][c].path if there and members_active[c] else ""]
+          for c, there in zip(topology.children[i], topology.children_mask[i], strict=True)
+        ]
+        weights = np.asarray(log["weights"])[i]
+        rows[member.path]["attention_up"] = _by_source([name * weights.shape[-1] for name in names], weights)
+
+  def _residuals_below(self, path: str, present: Mapping[int, np.ndarray]) -> int:
+    inside = {m.path for m in self._federation.subtree(path)}
+    return sum(
+      int(flags[i].sum())
+      for j, flags in present.items() for i, m in enumerate(self._federation.levels[j]) if m.path in inside
+    )
+
+
+def present_residuals(state: engine.State, federation: Federation) -> dict[int, np.ndarray]:
+  """Which residual layers the federations of each level hold: bool `[n, R, M]` by level."""
+  return {
+    level: np.asarray(own.residuals.present)[: len(federation.levels[level])]
+    for level, own in enumerate(state) if own.residuals is not None
+  }
+
+
+def top_source(row: Mapping[str, Any]) -> str:
+  """Whom a node's key layers took most from, itself excluded: federations from members, leaves from the rest."""
+  total: dict[str, float] = {}
+  for layer in row.get("attention_up") or row.get("attention_down") or ():
+    for name, weight in layer.items():
+      if name != "self":
+        name = name.removeprefix("residual of ")
+        total[name] = total.get(name, 0.0) + weight
+  best = max(total, key=lambda name: total[name], default="")
+  return best if total.get(best, 0.0) > 0 else ""
+
+
+def _by_source(names: list[list[str]], weights_SxM: np.ndarray) -> list[dict[str, float]]:
+  """Per layer, the weight of each named source; the same source twice adds up."""
+  layers: list[dict[str, float]] = [{} for _ in range(weights_SxM.shape[1])]
+  for name, weights in zip(names, weights_SxM, strict=True):
+    for k, layer in enumerate(layers):
+      if name[k]:
+        layer[name[k]] = round(layer.get(name[k], 0.0) + float(weights[k]), 6)
+  return layers

@@ -1,0 +1,404 @@
+"""The main job: `run` trains a federation from a config, in a work directory that it can resume from."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from worldlm_jax import checkpoint, config as config_lib, engine as engine_lib, feed as feed_lib
+from worldlm_jax import federation as federation_lib, local, metrics, model, partition, progress, records, schedule
+from worldlm_jax import trees, workdir as workdir_lib
+from worldlm_jax.data import batches as batches_lib, tokenizer as tokenizer_lib, windows as windows_lib
+from worldlm_jax.scoring import Score
+
+PLACES_PER_ROUND = 10_000  # a checkpoint's number is round * PLACES_PER_ROUND + step within the round
+
+
+class Interrupted(Exception):
+  """The run was told to stop, has saved everything, and can be resumed."""
+
+
+@dataclasses.dataclass
+class Progress:
+  """Where the run stands: with the arrays, all that a checkpoint has to hold. Plain JSON values."""
+
+  round: int = 0
+  step: int = 0  # of the round's steps, the next to do
+  positions: dict[str, int] = dataclasses.field(default_factory=dict)  # optimizer steps made, by node
+  tokens: dict[str, int] = dataclasses.field(default_factory=dict)  # trained on, by node
+  rows: records.Rows = dataclasses.field(default_factory=dict)  # of the unfinished round
+  previous: dict[str, float] = dataclasses.field(default_factory=dict)  # last personalised perplexity, by node
+  test: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # personalised, by node
+  bytes: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # [down, up] so far, by node
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  stopped: str = ""  # why the run cannot go on
+
+
+def run(config: config_lib.Config, workdir: str | Path, *, overwrite: bool = False,
+        reporter: progress.Reporter | None = None) -> dict[str, Any]:
+  """Trains a federation, or resumes where the work directory's run stopped.
+
+  Args:
+    config: the experiment.
+    workdir: gets config.json, metrics.jsonl, summary.json and checkpoints/.
+    overwrite: starts afresh where the folder holds a run.
+    reporter: shows progress; silent if None.
+
+  Returns:
+    The content of summary.json.
+
+  Raises:
+    ValueError: bad input, found before anything is compiled.
+    FloatingPointError: a loss was not finite; the state before that step is saved.
+    Interrupted: SIGTERM or SIGINT came; everything is saved.
+    OSError: the disk is full; the newest complete checkpoint is kept.
+  """
+  return _Run(config, Path(workdir), overwrite, reporter or progress.Silent()).to_the_end()
+
+
+class _Run:
+  def __init__(self, config: config_lib.Config, workdir: Path, overwrite: bool, reporter: progress.Reporter):
+    self.config, self.workdir, self.reporter = config, workdir, reporter
+    self.federation = federation_lib.resolve(config)
+    tokenizer = tokenizer_lib.load(config.data.tokenizer)
+    self.arch = _architecture(config, tokenizer)
+    sources = [(m.path, m.data) for m in self.federation.members if m.data is not None]
+    self.texts = batches_lib.load(sources, config.data, tokenizer)
+    digests = {path: text.digest for path, text in self.texts.items()}
+    self.mesh = partition.make_mesh()
+    validation = self._windows("valid", config.evaluation.acceptance_windows)
+    needed = engine_lib.needs_validation(config, self.federation)
+    self.engine = engine_lib.Engine(config, self.federation, self.arch, self.mesh, validation if needed else None)
+    abstract = self.engine.abstract_state()
+    workdir_lib.claim(workdir, workdir_lib.describe(config, self.federation, digests), overwrite=overwrite)
+    workdir_lib.check_space(workdir, trees.num_bytes(abstract), config.checkpoint)
+    self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, self.federation, self.mesh)
+    self.rounds = [
+      (stage, index == config.rounds - 1)
+      for stage in schedule.stages(self.federation, config.schedule) for index in range(config.rounds)
+    ]
+    self.exchanges = records.Exchanges(self.federation, config.key_layers, model.abstract_params(self.arch))
+    self.valid = self._windows("valid", config.evaluation.valid_windows)
+    self.test = self._windows("test", config.evaluation.test_windows)
+    self.now = Progress()
+    self.state = self._restore_or_begin(abstract)
+    self.signal, self.saved = "", -1
+
+  def to_the_end(self) -> dict[str, Any]:
+    """Runs what is left and returns the summary."""
+    summary = self.workdir / "summary.json"
+    if self.now.round == len(self.rounds) and summary.exists():
+      self.reporter.message(f"{self.workdir} holds this run, finished; --overwrite starts afresh")
+      self.checkpoints.close()
+      return json.loads(summary.read_text(encoding="utf-8"))
+    feed = feed_lib.Feed(self._workloads())
+    self.reporter.start(self._title(), len(self.rounds), self.now.round)
+    try:
+      with self._signals():
+        for index in range(self.now.round, len(self.rounds)):
+          self._round(index, feed)
+        self.checkpoints.wait()
+      result = self._summary()
+      metrics.write_json(summary, result)
+      return result
+    finally:
+      self.reporter.stop()
+      feed.stop()
+      self.checkpoints.close()
+
+  def _round(self, index: int, feed: feed_lib.Feed) -> None:
+    begin = time.perf_counter()
+    stage, last = self.rounds[index]
+    steps = schedule.round_steps(self.federation, stage)
+    received_at, personalised_at = _evaluations(self.federation, steps)
+    if not self.now.rows:
+      self.now.rows = records.blank(self.federation, index)
+    for place in range(self.now.step, len(steps)):
+      step = steps[place]
+      self.reporter.phase(index, f"{step.kind} {_names(self.federation, step)}", place / len(steps))
+      if step.kind == "down":
+        self._down(index, step)
+        self._evaluate("received", step.level, received_at[place])
+      elif step.kind == "train":
+        self._train(index, step, feed)
+        self._evaluate("personalised", step.level, personalised_at[place])
+        if last:
+          for path, score in self._scores(step.level, self.test[step.level], personalised_at[place]).items():
+            self.now.test[path] = records.score_record(score, self.texts[path].bytes_per_token["test"])
+      else:
+        self._up(index, step)
+      self.now.step = place + 1
+      if self.signal and place + 1 < len(steps):
+        self._stop(index)
+    self._finish_round(index, time.perf_counter() - begin)
+    if self.signal and index + 1 < len(self.rounds):
+      self._stop(index + 1)
+
+  def _down(self, index: int, step: schedule.Step) -> None:
+    with self._timed("aggregating"):
+      self.state, log = self.engine.down(self.state, step, index)
+      jax.block_until_ready(self.state[step.level])
+    self.exchanges.down(self.now.rows, step.level, step.active, self.engine.topologies[step.level], jax.device_get(log))
+
+  def _up(self, index: int, step: schedule.Step) -> None:
+    below = self.federation.parents[step.level + 1]
+    members_active = step.active[below]
+    with self._timed("aggregating"):
+      self.state, log = self.engine.up(self.state, step, members_active, index)
+      jax.block_until_ready(self.state[step.level])
+    self.exchanges.up(
+      self.now.rows, step.level, step.active, members_active, self.engine.topologies[step.level], jax.device_get(log),
+      records.present_residuals(self.state, self.federation),
+    )
+
+  def _train(self, index: int, step: schedule.Step, feed: feed_lib.Feed) -> None:
+    waited = feed.wait_seconds
+    work = feed.next()
+    self._book("waiting_for_data", feed.wait_seconds - waited)
+    with self._timed("training"):
+      self.state, logs = self.engine.train(self.state, step.level, work)
+      jax.block_until_ready(self.state[step.level])
+    members = self.federation.levels[step.level]
+    for rows, losses, taken in jax.device_get(logs):
+      for row, loss_S, count in zip(rows, losses, taken, strict=True):
+        if row >= len(members) or not work.steps[row]:
+          continue
+        path = members[row].path
+        position = self.now.positions.get(path, 0)
+        if count < work.steps[row]:
+          self._stop_at_loss(path, index, position + int(count), float(loss_S[count]))
+        self.now.positions[path] = position + int(count)
+        tokens = int(count) * members[row].settings.batch_size * self.config.data.sequence_length
+        self.now.tokens[path] = self.now.tokens.get(path, 0) + tokens
+        self.now.rows[path] |= {
+          "loss_nats": float(np.mean(loss_S[:count])), "loss_nats_first": float(loss_S[0]),
+          "loss_nats_last": float(loss_S[count - 1]),
+        }
+
+  def _evaluate(self, kind: str, level: int, mask: np.ndarray) -> None:
+    for path, score in self._scores(level, self.valid[level], mask).items():
+      self.now.rows[path][kind] = records.score_record(score, self.texts[path].bytes_per_token["valid"])
+
+  def _scores(self, level: int, windows: tuple[np.ndarray, np.ndarray], mask: np.ndarray) -> dict[str, Score]:
+    members, (rows, counts) = self.federation.levels[level], windows
+    counts = np.where(mask, counts, 0)
+    with self._timed("evaluating"):
+      sums = engine_lib.scores_by_row(self.engine.score(self.state, level, rows, counts), len(members))
+    tokens = counts * self.config.data.sequence_length
+    return {m.path: Score(float(sums[i]), int(tokens[i])) for i, m in enumerate(members) if tokens[i]}
+
+  def _finish_round(self, index: int, seconds: float) -> None:
+    now = self.now
+    shown = []
+    for member in self.federation.members:
+      row = now.rows[member.path]
+      row["tokens"] = now.tokens.get(member.path, 0)
+      total = now.bytes.setdefault(member.path, [0, 0])
+      now.bytes[member.path] = [total[0] + row["bytes_down"], total[1] + row["bytes_up"]]
+      personalised = row.get("personalised", {}).get("perplexity")
+      shown.append(progress.Row(
+        member.path, member.name, federation_lib.depth(member.path), row["tokens"], row.get("loss_nats"),
+        row.get("received", {}).get("perplexity"), personalised, now.previous.get(member.path), records.top_source(row),
+      ))
+      if personalised is not None:
+        now.previous[member.path] = personalised
+    metrics.append_jsonl(self.workdir / "metrics.jsonl", now.rows.values())
+    losses = [row["personalised"]["loss_nats"] for row in now.rows.values() if "personalised" in row]
+    now.round, now.step, now.rows = index + 1, 0, {}
+    if (index + 1) % self.config.checkpoint.every_rounds == 0 or index + 1 == len(self.rounds):
+      self._save(float(np.mean(losses)) if losses else None)
+    self.reporter.round(index, shown, seconds)
+
+  def _save(self, loss_nats: float | None) -> None:
+    with self._timed("saving"):
+      self.saved = self.now.round * PLACES_PER_ROUND + self.now.step
+      self.checkpoints.save(self.saved, self.state, dataclasses.asdict(self.now), loss_nats)
+
+  def _stop(self, round_index: int) -> None:
+    if self.saved != self.now.round * PLACES_PER_ROUND + self.now.step:
+      self._save(None)
+    self.checkpoints.wait()
+    raise Interrupted(
+      f"stopped by {self.signal} in round {round_index + 1}; everything is saved, run the same command again to resume"
+    )
+
+  def _stop_at_loss(self, path: str, index: int, step: int, loss: float) -> None:
+    self.now.stopped = (
+      f"loss is {loss} at node {path!r}, round {index + 1}, step {step + 1} of the node's own; the state before that "
+      f"step is saved in {self.workdir / 'checkpoints'}. Lower learning_rate or clip_norm there "
+      f"(--node={path}.learning_rate=...) and start afresh with --overwrite"
+    )
+    self._save(None)
+    self.checkpoints.wait()
+    raise FloatingPointError(self.now.stopped)
+
+  def _restore_or_begin(self, abstract: engine_lib.State) -> engine_lib.State:
+    restored = self.checkpoints.restore_newest(abstract, self.reporter.message)
+    log = self.workdir / "metrics.jsonl"
+    if restored is None:
+      log.unlink(missing_ok=True)
+      return self.engine.init()
+    self.now = Progress(**restored.record)
+    if self.now.stopped:
+      raise FloatingPointError(f"this run cannot go on: {self.now.stopped}")
+    metrics.keep_jsonl(log, lambda row: row["round"] < self.now.round)
+    self.reporter.message(f"resuming {self.workdir} after {self.now.round} of {len(self.rounds)} rounds")
+    return restored.state
+
+  def _workloads(self) -> Iterator[local.Workload]:
+    """What remains to be trained on, in order."""
+    batches = {
+      m.path: batches_lib.NodeBatches(self.texts[m.path].train, m.settings.batch_size, self.config.seed, m.path)
+      for m in self.federation.members if m.data is not None
+    }
+    totals = {m.path: 0 for m in self.federation.members}
+    for stage, _ in self.rounds:
+      for path, count in schedule.steps_per_round(self.federation, stage).items():
+        totals[path] += count
+    rates = {m.path: local.learning_rates(m.settings, totals[m.path]) for m in self.federation.members}
+    shape = feed_lib.workload_shape(
+      self.federation, self.config.optimizer.microbatch_size, self.config.data.sequence_length
+    )
+    positions = {m.path: self.now.positions.get(m.path, 0) for m in self.federation.members}
+    first, skip = self.now.round, self.now.step
+    for index in range(first, len(self.rounds)):
+      steps = schedule.round_steps(self.federation, self.rounds[index][0])
+      for step in steps[skip if index == first else 0 :]:
+        if step.kind == "train":
+          yield feed_lib.workload(self.federation, step, batches, rates, positions, shape)
+          for member, active in zip(self.federation.levels[step.level], step.active, strict=True):
+            positions[member.path] += int(active) * member.settings.local_steps
+
+  def _windows(self, split: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per level, windows of a split `[n, E, W]` (the same every time) and how many each node has `[n]`."""
+    found = []
+    for level in self.federation.levels:
+      each = [
+        windows_lib.evenly_spaced(getattr(self.texts[m.path], split), count) if m.data is not None
+        else np.zeros((0, self.config.data.sequence_length + 1), np.int32) for m in level
+      ]
+      most = max(len(windows) for windows in each)
+      padded = np.stack([np.pad(windows, [(0, most - len(windows)), (0, 0)]) for windows in each])
+      found.append((padded, np.array([len(windows) for windows in each], np.int32)))
+    return found
+
+  def _title(self) -> list[str]:
+    params = model.abstract_params(self.arch)
+    levels = ", ".join(str(len(level)) for level in self.federation.levels)
+    return [
+      f"{len(self.federation.members)} nodes in {len(self.federation.levels)} levels ({levels}), "
+      f"{len(self.texts)} with text ({sum(t.text_bytes['train'] for t in self.texts.values()) / 1e6:.1f} MB to train on)",
+      f"{trees.num_parameters(params):,} parameters per node, {trees.num_parameters(params['key_layers']):,} of them "
+      f"in {self.arch.num_key_layers} key layers",
+      f"{self.mesh.size} device(s), {self.engine.nodes_at_once} node(s) at once on each; writing to {self.workdir}",
+    ]
+
+  def _summary(self) -> dict[str, Any]:
+    """Scores what every node would receive next, and puts the run's results together. Uses the state up."""
+    received: dict[str, dict[str, float]] = {}
+    for level, members in enumerate(self.federation.levels):
+      everybody = np.ones(len(members), bool)
+      self.state, _ = self.engine.down(self.state, schedule.Step("down", level, everybody, True), len(self.rounds))
+      for path, score in self._scores(level, self.test[level], everybody).items():
+        received[path] = records.score_record(score, self.texts[path].bytes_per_token["test"])
+    nodes = {}
+    for member in self.federation.members:
+      down, up = self.now.bytes.get(member.path, [0, 0])
+      entry: dict[str, Any] = {"tokens": self.now.tokens.get(member.path, 0), "bytes_down": down, "bytes_up": up}
+      if member.path in received:
+        entry |= {"received": received[member.path],
+                  "personalised": self.now.test.get(member.path, received[member.path])}
+      below = [m.path for m in self.federation.subtree(member.path) if m.path in received]
+      entry["subtree"] = _over_nodes(below, received, self.now.test)
+      nodes[member.path] = entry
+    return {
+      "nodes": nodes, "tree": nodes[federation_lib.ROOT]["subtree"],
+      "tokens": sum(self.now.tokens.values()),
+      "bytes_down": sum(entry["bytes_down"] for entry in nodes.values()),
+      "bytes_up": sum(entry["bytes_up"] for entry in nodes.values()),
+      "seconds": {name: round(value, 3) for name, value in self.now.seconds.items()},
+    }
+
+  @contextlib.contextmanager
+  def _timed(self, name: str) -> Iterator[None]:
+    """Books the time under `name`, less what went into compiling, which has an entry of its own."""
+    begin, compiled = time.perf_counter(), self.engine.compile_seconds
+    try:
+      yield
+    finally:
+      compiling = self.engine.compile_seconds - compiled
+      self._book(name, time.perf_counter() - begin - compiling)
+      self._book("compiling", compiling)
+
+  def _book(self, name: str, seconds: float) -> None:
+    self.now.seconds[name] = self.now.seconds.get(name, 0.0) + seconds
+
+  @contextlib.contextmanager
+  def _signals(self) -> Iterator[None]:
+    """SIGTERM and SIGINT end the run after the current phase; a second SIGINT ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
+
+    def note(number: int, _: Any) -> None:
+      if self.signal and number == signal.SIGINT:
+        raise KeyboardInterrupt
+      self.signal = signal.Signals(number).name
+      self.reporter.message(f"{self.signal}: finishing the current phase, then saving")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _architecture(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> model.Architecture:
+  arch = model.architecture(config.model, tokenizer.vocab_size)
+  if arch.vocab_size < tokenizer.vocab_size:
+    raise ValueError(
+      f"config.model.vocab_size={arch.vocab_size}: expected at least {tokenizer.vocab_size}, the vocabulary of "
+      f"{config.data.tokenizer!r}; set it to 0 to take the tokenizer's"
+    )
+  return arch
+
+
+def _evaluations(federation: federation_lib.Federation, steps: list[schedule.Step]) -> tuple[list, list]:
+  """Per step, which nodes are scored after it: as received at a node's first down-phase of the round, personalised
+  after its last training."""
+  none = [np.zeros(len(federation.levels[step.level]), bool) for step in steps]
+  received, personalised = [mask.copy() for mask in none], [mask.copy() for mask in none]
+  done: dict[tuple[str, int], np.ndarray] = {}
+  for kind, masks, order in (("down", received, range(len(steps))), ("train", personalised, range(len(steps))[::-1])):
+    for place in order:
+      step = steps[place]
+      if step.kind == kind:
+        seen = done.setdefault((kind, step.level), np.zeros_like(step.active))
+        masks[place] = step.active & ~seen
+        seen |= step.active
+  return received, personalised
+
+
+def _names(federation: federation_lib.Federation, step: schedule.Step) -> str:
+  names = [m.path for m, active in zip(federation.levels[step.level], step.active, strict=True) if active]
+  return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _over_nodes(paths: list[str], received: dict[str, Any], personalised: dict[str, Any]) -> dict[str, Any]:
+  """Mean over the nodes with text, and the worst of them, for both kinds of model."""
+  result = {}
+  for kind, scores in (("received", received), ("personalised", received | personalised)):
+    if paths:
+      mean = {unit: float(np.mean([scores[p][unit] for p in paths])) for unit in scores[paths[0]]}
+      worst = max(paths, key=lambda p: scores[p]["bits_per_byte"])
+      result[kind] = {"mean": mean, "worst": {"node": worst} | scores[worst]}
+  return result

@@ -1,0 +1,97 @@
+"""The folder of a run: what it is a run of, and whether it may be continued."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from worldlm_jax import checks, config as config_lib, metrics
+from worldlm_jax.federation import Federation
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy")
+
+
+def describe(config: config_lib.Config, federation: Federation, digests: Mapping[str, str]) -> dict[str, Any]:
+  """What makes two runs the same: the resolved config, and every node's settings and text.
+
+  Where the tree came from is left out, since the nodes say it all and folders may move; so is what
+  changes no result, such as how many checkpoints are kept.
+  """
+  fields = config_lib.to_dict(config)
+  for name in ("federation", "node", "checkpoint", "nodes_at_once"):
+    del fields[name]
+  nodes = {
+    member.path: {
+      "settings": config_lib.to_dict(dataclasses.asdict(member.settings)),
+      "data": config_lib.to_dict(member.data),
+      "digest": digests.get(member.path),
+    }
+    for member in federation.members
+  }
+  return {"config": fields, "nodes": nodes}
+
+
+def environment() -> dict[str, Any]:
+  """Versions and commit, for the record."""
+  versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+  try:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    commit = None
+  return {
+    "versions": versions | {"python": platform.python_version()}, "commit": commit,
+    "devices": [str(device) for device in jax.devices()],
+  }
+
+
+def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> None:
+  """Makes the folder this run's own, or finds that it already is.
+
+  Raises:
+    ValueError: it holds something else, or a run that differs; names the fields.
+  """
+  record = workdir / "config.json"
+  if overwrite and record.exists():
+    for name in ("checkpoints", "damaged"):
+      shutil.rmtree(workdir / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "summary.json", "config.json"):
+      (workdir / name).unlink(missing_ok=True)
+  checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
+  if record.exists():
+    there = json.loads(record.read_text(encoding="utf-8"))
+    found = config_lib.differences(*({k: _comparable(d[k]) for k in ("config", "nodes")} for d in (there, description)))
+    checks.require(not found, "--workdir", str(workdir), "a new folder or one that holds a run of this configuration",
+                   f"it differs in: {'; '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}. "
+                   "Choose another folder, or start afresh with --overwrite")
+    return
+  checks.require(not workdir.exists() or not any(workdir.iterdir()), "--workdir", str(workdir),
+                 "a new or empty folder, or one that holds a run (it has files, but no config.json)",
+                 "choose another folder; --overwrite does not delete what is not a run's")
+  workdir.mkdir(parents=True, exist_ok=True)
+  metrics.write_json(record, description | environment())
+
+
+def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointConfig) -> None:
+  """Raises `ValueError` unless the checkpoints that are kept, and one more being written, will fit."""
+  kept = sorted((workdir / "checkpoints").glob("*")) if workdir.exists() else []
+  needed = state_bytes * max(1, config.keep_last + config.keep_best + 1 - len(kept))
+  free = shutil.disk_usage(workdir).free
+  checks.require(free > needed, "--workdir", str(workdir), f"a disk with {needed / 1e9:.2f} GB free for checkpoints "
+                 f"({state_bytes / 1e9:.2f} GB each)", f"{free / 1e9:.2f} GB are free: make room, choose another folder, "
+                 "or set config.checkpoint.keep_last or keep_best lower")
+
+
+def _comparable(nodes: dict[str, Any]) -> dict[str, Any]:
+  """Folders may move as long as the text, whose digest is compared, is the same."""
+  return {
+    path: {k: v for k, v in value.items() if k != "data"} if isinstance(value, dict) and "digest" in value else value
+    for path, value in nodes.items()
+  }
