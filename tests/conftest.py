@@ -16,8 +16,16 @@ import jax
 import numpy as np
 import pytest
 
-from worldlm_jax import config as config_lib, engine as engine_lib, federation as federation_lib, local, model
-from worldlm_jax import oracle as oracle_lib, partition, schedule
+from worldlm_jax import (
+  config as config_lib,
+  engine as engine_lib,
+  federation as federation_lib,
+  local,
+  model,
+  oracle as oracle_lib,
+  partition,
+  schedule,
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -121,7 +129,9 @@ class Harness:
     }
 
 
-def run(config: config_lib.Config, rounds: int = 2, num_devices: int = 1, absent: Sequence[Collection[str]] = ()) -> Harness:
+def run(
+  config: config_lib.Config, rounds: int = 2, num_devices: int = 1, absent: Sequence[Collection[str]] = ()
+) -> Harness:
   """A harness after some rounds; `absent[r]` are the nodes missing in round r."""
   harness = Harness(config, num_devices)
   index = 0

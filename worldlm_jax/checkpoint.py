@@ -80,7 +80,7 @@ class Checkpoints:
     for number in numbers:
       try:
         return self._restore(number, abstract)
-      except Exception as error:  # noqa: BLE001 - Orbax and TensorStore raise what they like on damaged files
+      except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         target = self.folder.parent / "damaged" / str(number)
         shutil.rmtree(target, ignore_errors=True)

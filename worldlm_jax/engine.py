@@ -114,7 +114,8 @@ class Engine:
       wave_work = jax.tree.map(lambda leaf, rows=rows: leaf[rows], work)
       wave_work = wave_work._replace(steps=np.where(new, wave_work.steps, 0))
       wave = self._take(("take state", level), slim, start, len(rows))
-      wave, (losses, steps) = self._call(("train", *wave_work.windows.shape), self._train_phase, wave, self._put(wave_work))
+      name = ("train", *wave_work.windows.shape)
+      wave, (losses, steps) = self._call(name, self._train_phase, wave, self._put(wave_work))
       slim = self._call(("put", level, len(rows)), functools.partial(partition.put_wave, mesh=self.mesh), slim, wave,
                         np.int32(start), logs=False)
       logs.append(WaveLog(rows[new], losses[new], steps[new]))
@@ -135,7 +136,9 @@ class Engine:
     )
     return new, (trained.losses, trained.steps)
 
-  def score(self, state: State, level: int, windows: np.ndarray, counts: np.ndarray) -> list[tuple[np.ndarray, jax.Array]]:
+  def score(
+    self, state: State, level: int, windows: np.ndarray, counts: np.ndarray
+  ) -> list[tuple[np.ndarray, jax.Array]]:
     """Scores a level's nodes on windows `[n, E, W]`, of which the first `counts[n]` count.
 
     Returns pairs of (rows, summed losses of these rows), to be added up by `scores_by_row`.
@@ -152,8 +155,8 @@ class Engine:
         batch = windows[rows, begin : begin + SCORE_BATCH]
         batch = np.pad(batch, [(0, 0), (0, SCORE_BATCH - batch.shape[1]), (0, 0)])
         here = np.clip(wanted - begin, 0, SCORE_BATCH).astype(np.int32)
-        losses = self._call(("score", len(rows)), score, params, self._put(batch), self._put(here), donate=False, logs=False)
-        found.append((rows, losses))
+        arguments = params, self._put(batch), self._put(here)
+        found.append((rows, self._call(("score", len(rows)), score, *arguments, donate=False, logs=False)))
     return found
 
   def _waves(self, level: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from worldlm_jax import checks, config as config_lib
 
 ROOT = "."
-_YAML_SOURCES = {
+_YAML_SOURCES: dict[str, Callable[[str, Path], config_lib.Source]] = {
   "text": lambda value, base: config_lib.TextFolder(str(base / value)),
   "stdlib": lambda value, base: config_lib.StandardLibrary(value),
 }
@@ -73,7 +74,7 @@ class Federation:
     """Which nodes of a level have children: bool `[N]`."""
     if level + 1 == len(self.levels):
       return np.zeros(len(self.levels[level]), bool)
-    return self.children(level)[1].any(axis=1)
+    return np.asarray(self.children(level)[1].any(axis=1))
 
   def subtree(self, path: str) -> tuple[Member, ...]:
     """The node and all below it, in tree order (parents before children, depth first)."""
@@ -179,15 +180,16 @@ def _tree_from_yaml(path: Path) -> config_lib.Node:
     name = str(entry.get("name") or checks.fail(f"{path}: {where}: name", entry.get("name"), "a name"))
     here = f"{where} / {name}"
     data, children, settings = entry.get("data"), entry.get("children") or [], entry.get("settings") or {}
+    source: config_lib.Source | None = None
     if data is not None:
       if not (isinstance(data, dict) and len(data) == 1):
         checks.fail(f"{path}: {here}: data", data, "{text: FOLDER} or {stdlib: FAMILY}")
       ((kind, value),) = data.items()
       checks.one_of(f"{path}: {here}: data", kind, _YAML_SOURCES)
-      data = _YAML_SOURCES[kind](value, path.parent)
+      source = _YAML_SOURCES[kind](value, path.parent)
     checks.require(isinstance(children, list), f"{path}: {here}: children", children, "a list of nodes")
     checks.require(isinstance(settings, dict), f"{path}: {here}: settings", settings, "a mapping of settings")
-    return config_lib.Node(name, data, [build(child, here) for child in children], settings)
+    return config_lib.Node(name, source, [build(child, here) for child in children], settings)
 
   return build(content, "root")
 

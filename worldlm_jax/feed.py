@@ -82,7 +82,7 @@ class Feed:
       for item in source:
         if not self._offer(item):
           return
-    except Exception as error:  # noqa: BLE001 - handed to the thread that asks for it
+    except Exception as error:
       self._offer(error)
 
   def _offer(self, item: local.Workload | Exception) -> bool:

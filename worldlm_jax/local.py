@@ -64,7 +64,9 @@ def learning_rates(settings: NodeSettings, total_steps: int) -> np.ndarray:
   return np.asarray(jax.vmap(schedule)(jnp.asarray(steps)), np.float32) if total_steps else np.zeros(0, np.float32)
 
 
-def optimizer(config: OptimizerConfig, clip_norm: Any = jnp.inf, weight_decay: Any = 0.0) -> optax.GradientTransformation:
+def optimizer(
+  config: OptimizerConfig, clip_norm: Any = jnp.inf, weight_decay: Any = 0.0
+) -> optax.GradientTransformation:
   """Clipping and AdamW (or plain SGD) up to the learning rate: its updates are multiplied by minus the rate."""
   clip = optax.clip_by_global_norm(clip_norm)
   if config.name == "sgd":

@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> int:
     for text in _NODE.value:
       path, field, value = federation.parse_override(text)
       config.federation.overrides.setdefault(path, {})[field] = value
-    summary = train.run(config, _WORKDIR.value, overwrite=_OVERWRITE.value, reporter=reporter)
+    summary = train.run(config, str(_WORKDIR.value), overwrite=_OVERWRITE.value, reporter=reporter)
   except train.Interrupted as stop:
     print(stop, file=sys.stderr)
     return INTERRUPTED
   except (ValueError, FloatingPointError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return BAD_INPUT if isinstance(error, ValueError) else FAILED
-  print(progress.closing_lines(summary, _WORKDIR.value))
+  print(progress.closing_lines(summary, str(_WORKDIR.value)))
   return OK
 
 

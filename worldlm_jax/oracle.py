@@ -159,12 +159,12 @@ class Oracle:
   def _attend_down(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> None:
     node, above, keys = self.nodes[q.path], self.nodes[parent.path], self.config.key_layers
     updates = keys.values == "updates"
-    direction, origin = self._query(node.key_layers, node.update, above.key_layers)
+    query = self._query(node.key_layers, node.update, above.key_layers)
     pool = self._pool(q, parent, first_repeat, last) if keys.residuals_per_layer and keys.residuals_received else []
     node.received = []
     for i in range(self.num_layers):
       offers = [r for r in pool if r.index == i]
-      ranked = sorted(offers, key=lambda r: -self._routing_score(direction, origin, pool, r))
+      ranked = sorted(offers, key=lambda r: -self._routing_score(*query, pool, r))
       node.received += ranked[: keys.residuals_received]
     received = node.received
 
@@ -175,7 +175,7 @@ class Oracle:
       others = [above.update] if above.trained and first_repeat else []
       siblings = [c.path for c in self.children[parent.path] if c.path != q.path]
       others += [last[path].update for path in siblings if last[path].fresh]
-      addition = self._attend_updates(node.update, [
+      addition, _ = self._attend_updates(node.update, [
         [_layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)
       ], None)
       mixed = _sum([node.key_layers, addition], [1.0, 1.0])
@@ -183,8 +183,9 @@ class Oracle:
       candidates = [
         [_layer(node.key_layers, i), _layer(above.key_layers, i), *residual_layers(i)] for i in range(self.num_layers)
       ]
-      mixed = self._attend_layers(q, node.key_layers, *self._query(node.key_layers, node.update, above.key_layers),
-                                  candidates, None, q.settings.down_temperature, node.backbone)
+      mixed, _ = self._attend_layers(
+        q, node.key_layers, *query, candidates, None, q.settings.down_temperature, node.backbone
+      )
     node.key_layers = self._accept(q, node.key_layers, mixed, node.backbone)
 
   def _merge(self, p: Member, here: list[Member]) -> None:
@@ -199,7 +200,8 @@ class Oracle:
       ) + np.zeros(own.shape),
       node.backbone, *[m.backbone for m in members],
     )
-    step, node.server = self.server.update(jax.tree.map(lambda d: -jnp.float32(d), difference), node.server, node.backbone)
+    gradient = jax.tree.map(lambda d: -jnp.float32(d), difference)
+    step, node.server = self.server.update(gradient, node.server, node.backbone)
     node.backbone = optax.apply_updates(node.backbone, step)
     if self.num_layers:
       self._merge_key_layers(p, here)
@@ -212,22 +214,22 @@ class Oracle:
     update = node.update if node.trained else _scaled(node.update, 0.0)
     if keys.values == "updates":
       offered = [m.update for m in members]
-      prior = [float(m.tokens > 0) if keys.prior == "uniform" else m.tokens for m in members]
-      addition = self._attend_updates(update, [[_layer(o, i) for o in offered] for i in range(self.num_layers)], prior)
+      prior = [float(m.tokens > 0 if keys.prior == "uniform" else m.tokens) for m in members]
+      candidates = [[_layer(o, i) for o in offered] for i in range(self.num_layers)]
+      addition, use = self._attend_updates(update, candidates, prior)
       mixed = _sum([node.key_layers, addition], [1.0, 1.0])
-      use = self._last_cosines
       if not node.trained:
         node.update = addition
     else:
       offered = [m.key_layers for m in members]
       own = [node.key_layers] if node.trained else []
-      prior = [node.own_tokens] * len(own) + [m.tokens for m in members]
-      direction, origin = self._query(node.key_layers, update, node.key_layers)
-      mixed = self._attend_layers(
-        p, node.key_layers, direction, origin, [[_layer(o, i) for o in own + offered] for i in range(self.num_layers)],
+      prior = [float(node.own_tokens)] * len(own) + [float(m.tokens) for m in members]
+      mixed, weights = self._attend_layers(
+        p, node.key_layers, *self._query(node.key_layers, update, node.key_layers),
+        [[_layer(o, i) for o in own + offered] for i in range(self.num_layers)],
         None if keys.prior == "uniform" else prior, p.settings.up_temperature, node.backbone,
       )
-      use = self._last_weights[:, len(own):]
+      use = [w[len(own) :] for w in weights]
     node.sent = []
     if p.parent is not None and len(members) + node.trained > 1:
       for i in range(self.num_layers):
@@ -235,7 +237,7 @@ class Oracle:
           node.sent.append(Residual(_layer(offered[s], i), i, p.path, here[s].path, self.index))
     node.key_layers = self._accept(p, node.key_layers, mixed, node.backbone)
 
-  def _query(self, own: Layers, update: Layers, parents: Layers) -> tuple[Layers | None, Layers | None]:
+  def _query(self, own: Layers, update: Layers, parents: Layers) -> tuple[Layers, Layers | None]:
     """Direction and origin of the comparison; see `AttendRule`. No origin means zero."""
     if self.config.key_layers.values == "updates":
       return update, None
@@ -266,8 +268,8 @@ class Oracle:
   def _displacement(self, layer: list[np.ndarray], origin: Layers | None, i: int) -> list[np.ndarray]:
     return layer if origin is None else [t - o for t, o in zip(layer, _layer(origin, i), strict=True)]
 
-  def _attend_layers(self, q, own, direction, origin, candidates, prior, temperature, backbone) -> Layers:  # noqa: ANN001
-    """Softmax attention over whole layers; also leaves the weights `[M, S]`, averaged over tensors."""
+  def _attend_layers(self, q, own, direction, origin, candidates, prior, temperature, backbone):
+    """Softmax attention over whole layers: mixed layers, and per layer the weights `[S]`, averaged over tensors."""
     keys = self.config.key_layers
     moved = [[self._displacement(layer, origin, i) for layer in c] for i, c in enumerate(candidates)]
     if not any(_dot(t, t) for tensor in direction for t in tensor):
@@ -297,11 +299,12 @@ class Oracle:
           if j == i:
             result[t][i] = sum(w_s * c[t] for w_s, c in zip(w, candidates[i], strict=True)) if w.any() else own[t][i]
             weights[i][t] = w
-    self._last_weights = np.array([w.mean(axis=0) for w in weights]) if len({w.shape for w in weights}) == 1 else None
-    return result
+    return result, [w.mean(axis=0) for w in weights]
 
-  def _attend_updates(self, own: Layers, candidates: list[list[list[np.ndarray]]], prior: list[float] | None) -> Layers:
-    """What to add to layers that already hold `own`; also leaves the cosines `[M, S]`."""
+  def _attend_updates(
+    self, own: Layers, candidates: list[list[list[np.ndarray]]], prior: list[float] | None
+  ) -> tuple[Layers, list[np.ndarray]]:
+    """What to add to layers that already hold `own`, and per layer the cosines `[S]`, averaged over tensors."""
     keys = self.config.key_layers
     result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
     cosines = [np.zeros((len(self.shapes), len(c))) for c in candidates]
@@ -312,7 +315,8 @@ class Oracle:
         if not _dot(own_vector, own_vector):
           weights = np.ones(len(candidates[i])) if prior is None else np.array(prior)
           total = weights.sum()
-          steps[t, i] = sum((w / total * c[t] for w, c in zip(weights, candidates[i], strict=True) if total), 0 * own[t][i])
+          shares = weights / (total or 1.0)
+          steps[t, i] = sum((w * c[t] for w, c in zip(shares, candidates[i], strict=True)), 0 * own[t][i])
           continue
         steps[t, i] = own[t][i]
         for s, candidate in enumerate(candidates[i]):
@@ -328,8 +332,7 @@ class Oracle:
       scale = min(1.0, keys.update_norm_cap * own_norm / step_norm) if own_norm and step_norm else 1.0
       for t, i in unit:
         result[t][i] = scale * steps[t, i] - own[t][i]
-    self._last_cosines = np.array([c.mean(axis=0) for c in cosines]) if len({c.shape for c in cosines}) == 1 else None
-    return result
+    return result, [c.mean(axis=0) for c in cosines]
 
   def _units(self) -> list[list[tuple[int, int]]]:
     """What attention treats as one: lists of (tensor, layer)."""
@@ -397,7 +400,7 @@ def _layer(layers: Layers, i: int) -> list[np.ndarray]:
 
 def _sum(terms: list[Layers], factors: list[float]) -> Layers:
   return [
-    [sum(f * term[t][i] for f, term in zip(factors, terms, strict=True)) for i in range(len(tensor))]
+    [np.sum([f * term[t][i] for f, term in zip(factors, terms, strict=True)], axis=0) for i in range(len(tensor))]
     for t, tensor in enumerate(terms[0])
   ]
 

@@ -42,7 +42,9 @@ class Exchanges:
     num_layers = max((leaf.shape[0] for leaf in trees.leaves(params["key_layers"])), default=1)
     self._layer_bytes = trees.num_bytes(params["key_layers"]) // num_layers
 
-  def down(self, rows: Rows, level: int, active: np.ndarray, topology: state_lib.Topology, log: Mapping[str, Any]) -> None:
+  def down(
+    self, rows: Rows, level: int, active: np.ndarray, topology: state_lib.Topology, log: Mapping[str, Any]
+  ) -> None:
     """Adds a down-phase to the rows of the nodes that took part."""
     for i, member in enumerate(self._federation.levels[level]):
       if not active[i] or member.parent is None:
@@ -69,8 +71,9 @@ class Exchanges:
       row["attention_down"] = _by_source(names, weights)
       row["accepted"] = bool(np.asarray(log["accepted"])[i])
       if num_residuals:
+        made = np.asarray(log["routed_round"])[i]
         row["residuals_received"] = [
-          {"layer": k, "from": self._paths[origins[r, k]], "made_in_round": int(np.asarray(log["routed_round"])[i, r, k])}
+          {"layer": k, "from": self._paths[origins[r, k]], "made_in_round": int(made[r, k])}
           for r in range(num_residuals) for k in range(num_layers) if origins[r, k] >= 0
         ]
 
@@ -85,7 +88,8 @@ class Exchanges:
         continue
       for c, child in enumerate(federation.levels[level + 1]):
         if federation.parents[level + 1][c] == i and members_active[c]:
-          rows[child.path]["bytes_up"] += self._node_bytes + self._residuals_below(child.path, present) * self._layer_bytes
+          residual_bytes = self._residuals_below(child.path, present) * self._layer_bytes
+          rows[child.path]["bytes_up"] += self._node_bytes + residual_bytes
       if "weights" in log:
         own = [] if self._over_updates else [["self"]]
         names = own + [

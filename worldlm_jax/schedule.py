@@ -63,7 +63,8 @@ def round_steps(federation: Federation, stage: int | None, absent: Collection[st
     if level + 1 == len(federation.levels) or stage == level:
       return
     heads = active & federation.is_federation(level)
-    repeats = np.array([1 if m.parent is None else m.settings.rounds_per_parent_round for m in federation.levels[level]])
+    members = federation.levels[level]
+    repeats = np.array([1 if m.parent is None else m.settings.rounds_per_parent_round for m in members])
     for repeat in range(max(repeats[heads], default=0)):
       running = heads & (repeats > repeat)
       members = running[federation.parents[level + 1]] & present[level + 1]

@@ -1,7 +1,7 @@
 """Scores: loss in nats per token, perplexity and bits per byte, from sums and counts that merge."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def score_nodes(
     count_N: int32.
   """
 
-  def score_share(*share: jax.Array) -> jax.Array:
+  def score_share(*share: Any) -> jax.Array:
     def one(params: model.Params, windows_BxW: jax.Array, count: jax.Array) -> jax.Array:
       return model.loss_sum(arch, params, windows_BxW, jnp.arange(windows_BxW.shape[0]) < count)
 

@@ -13,9 +13,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from worldlm_jax import checkpoint, config as config_lib, engine as engine_lib, feed as feed_lib
-from worldlm_jax import federation as federation_lib, local, metrics, model, partition, progress, records, schedule
-from worldlm_jax import trees, workdir as workdir_lib
+from worldlm_jax import (
+  checkpoint,
+  config as config_lib,
+  engine as engine_lib,
+  federation as federation_lib,
+  feed as feed_lib,
+  local,
+  metrics,
+  model,
+  partition,
+  progress,
+  records,
+  schedule,
+  trees,
+  workdir as workdir_lib,
+)
 from worldlm_jax.data import batches as batches_lib, tokenizer as tokenizer_lib, windows as windows_lib
 from worldlm_jax.scoring import Score
 
@@ -292,10 +305,11 @@ class _Run:
 
   def _title(self) -> list[str]:
     params = model.abstract_params(self.arch)
+    megabytes = sum(text.text_bytes["train"] for text in self.texts.values()) / 1e6
     levels = ", ".join(str(len(level)) for level in self.federation.levels)
     return [
       f"{len(self.federation.members)} nodes in {len(self.federation.levels)} levels ({levels}), "
-      f"{len(self.texts)} with text ({sum(t.text_bytes['train'] for t in self.texts.values()) / 1e6:.1f} MB to train on)",
+      f"{len(self.texts)} with text ({megabytes:.1f} MB to train on)",
       f"{trees.num_parameters(params):,} parameters per node, {trees.num_parameters(params['key_layers']):,} of them "
       f"in {self.arch.num_key_layers} key layers",
       f"{self.mesh.size} device(s), {self.engine.nodes_at_once} node(s) at once on each; writing to {self.workdir}",

@@ -67,7 +67,8 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> Non
   checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
   if record.exists():
     there = json.loads(record.read_text(encoding="utf-8"))
-    found = config_lib.differences(*({k: _comparable(d[k]) for k in ("config", "nodes")} for d in (there, description)))
+    old, new = ({k: _comparable(d[k]) for k in ("config", "nodes")} for d in (there, description))
+    found = config_lib.differences(old, new)
     checks.require(not found, "--workdir", str(workdir), "a new folder or one that holds a run of this configuration",
                    f"it differs in: {'; '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}. "
                    "Choose another folder, or start afresh with --overwrite")
@@ -84,9 +85,12 @@ def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointCo
   kept = sorted((workdir / "checkpoints").glob("*")) if workdir.exists() else []
   needed = state_bytes * max(1, config.keep_last + config.keep_best + 1 - len(kept))
   free = shutil.disk_usage(workdir).free
-  checks.require(free > needed, "--workdir", str(workdir), f"a disk with {needed / 1e9:.2f} GB free for checkpoints "
-                 f"({state_bytes / 1e9:.2f} GB each)", f"{free / 1e9:.2f} GB are free: make room, choose another folder, "
-                 "or set config.checkpoint.keep_last or keep_best lower")
+  checks.require(
+    free > needed, "--workdir", str(workdir),
+    f"a disk with {needed / 1e9:.2f} GB free for checkpoints ({state_bytes / 1e9:.2f} GB each)",
+    f"{free / 1e9:.2f} GB are free: make room, choose another folder, or set config.checkpoint.keep_last or keep_best "
+    "lower",
+  )
 
 
 def _comparable(nodes: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from worldlm_jax import trees
 from worldlm_jax.exchange.residuals import Residuals
 from worldlm_jax.state import LevelState, Topology
 
+Log = dict[str, jax.Array]
+
 
 class NodeInputs(NamedTuple):
   """What differs from node to node in an exchange; leaves `[N, ...]`."""
@@ -40,19 +42,40 @@ class BackboneRule(NamedTuple):
   counts_tokens: bool  # whether a member weighs as many tokens as it saw, or one
 
 
+class Descent(NamedTuple):
+  """What a level sees in its down-phase."""
+
+  level: LevelState
+  above: LevelState
+  backbone: trees.PyTree  # as just received, leaves [N, ...]
+  pool: Residuals | None  # the residual layers on this side of the tree, leaves [P, M, ...]
+  above_in_pool: int  # how many of them, at the end, are what the level above received
+  eligible: jax.Array | None  # bool [N, P]: who may get which
+  topology: Topology
+  nodes: NodeInputs
+  phase: PhaseInputs
+
+
+class Ascent(NamedTuple):
+  """What a level of federations sees in its up-phase."""
+
+  level: LevelState
+  below: LevelState
+  backbone: trees.PyTree  # as just merged, leaves [N, ...]
+  members_mask: jax.Array  # bool [N, S]: which of Topology.children took part
+  below_member: jax.Array  # int32: the place in Federation.members of the nodes below
+  topology: Topology
+  nodes: NodeInputs
+  phase: PhaseInputs
+
+
 class KeyLayerRule(Protocol):
   """How key layers go down and up. Logs are small arrays for the records, leaves `[N, ...]`."""
 
-  def receive(
-    self, backbone: trees.PyTree, level: LevelState, above: LevelState, pool: Residuals | None, eligible: jax.Array | None,
-    topology: Topology, nodes: NodeInputs, phase: PhaseInputs,
-  ) -> tuple[trees.PyTree, Residuals | None, dict[str, jax.Array]]:
+  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, Log]:
     """New key layers, the residual layers each node received, and the log."""
 
-  def merge(
-    self, backbone: trees.PyTree, level: LevelState, below: LevelState, members_mask: jax.Array,
-    topology: Topology, below_member: jax.Array, nodes: NodeInputs, phase: PhaseInputs,
-  ) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, dict[str, jax.Array]]:
+  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
     """New key layers, new updates, the residual layers each federation sends up, and the log."""
 
 
@@ -66,7 +89,7 @@ class Algorithm(NamedTuple):
 def down(
   algorithm: Algorithm, topology: Topology, level: LevelState, above: LevelState | None,
   deeper: dict[int, Residuals], nodes: NodeInputs, phase: PhaseInputs,
-) -> tuple[LevelState, dict[str, jax.Array]]:
+) -> tuple[LevelState, Log]:
   """The down-phase: nodes receive their parent's backbone and mix key layers.
 
   Args:
@@ -85,11 +108,12 @@ def down(
   if above is None:
     return trees.where(nodes.active, begun, level), {}
   backbone = algorithm.backbone.receive(level.params["backbone"], trees.take(above.params["backbone"], topology.parent))
-  key_layers, received, log = level.params["key_layers"], level.received, {}
+  key_layers, received = level.params["key_layers"], level.received
+  log: Log = {}
   if key_layers:
-    pool, eligible = _pool(level, above, deeper, topology)
+    pool, above_in_pool, eligible = _pool(level, above, deeper, topology)
     key_layers, received, log = algorithm.key_layers.receive(
-      backbone, level, above, pool, eligible, topology, nodes, phase
+      Descent(level, above, backbone, pool, above_in_pool, eligible, topology, nodes, phase)
     )
   after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
   return trees.where(nodes.active, after, level), log
@@ -98,7 +122,7 @@ def down(
 def up(
   algorithm: Algorithm, topology: Topology, level: LevelState, below: LevelState, below_active: jax.Array,
   topology_below: Topology, nodes: NodeInputs, phase: PhaseInputs,
-) -> tuple[LevelState, dict[str, jax.Array]]:
+) -> tuple[LevelState, Log]:
   """The up-phase: federations merge their members' backbones and key layers.
 
   Args:
@@ -118,11 +142,13 @@ def up(
     tokens if counts_tokens else jnp.float32(tokens > 0),
     jnp.where(level.trained, level.own_tokens, 0.0) if counts_tokens else jnp.float32(level.trained),
   )
-  members_mask = topology.children_mask & below_active[topology.children]
-  key_layers, update, residuals, log = level.params["key_layers"], level.update, level.residuals, {}
+  members_mask = jnp.asarray(topology.children_mask) & below_active[topology.children]
+  key_layers, update, residuals = level.params["key_layers"], level.update, level.residuals
+  log: Log = {}
   if key_layers:
+    below_member = jnp.asarray(topology_below.member)
     key_layers, update, residuals, log = algorithm.key_layers.merge(
-      merged, level, below, members_mask, topology, jnp.asarray(topology_below.member), nodes, phase
+      Ascent(level, below, merged, members_mask, below_member, topology, nodes, phase)
     )
   gained = jax.ops.segment_sum(tokens, topology_below.parent, level.tokens.shape[0])
   after = level._replace(
@@ -134,11 +160,13 @@ def up(
 
 def _pool(
   level: LevelState, above: LevelState, deeper: dict[int, Residuals], topology: Topology
-) -> tuple[Residuals | None, jax.Array | None]:
-  """All residual layers on this side of the tree as one list `[P, M, ...]`, and who may get which: `[N, P]`."""
+) -> tuple[Residuals | None, int, jax.Array | None]:
+  """`pool`, `above_in_pool` and `eligible` of a `Descent`."""
   if level.received is None:
-    return None, None
-  parts, allowed = [], []
+    return None, 0, None
+  parts: list[Residuals] = []
+  allowed: list[jax.Array] = []
+  above_in_pool = 0
   for j, eligible in topology.eligible.items():
     pool = level.residuals if level.residuals is not None and j not in deeper else deeper[j]
     parts.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), pool))
@@ -146,6 +174,7 @@ def _pool(
   if above.received is not None:  # what a node received goes on to its children
     parts.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), above.received))
     num_above, count = above.received.present.shape[:2]
+    above_in_pool = num_above * count
     mine = jnp.asarray(topology.parent)[:, None] == jnp.arange(num_above)[None, :]
     allowed.append(jnp.repeat(mine, count, axis=1))
-  return trees.concatenate(parts), jnp.concatenate(allowed, axis=1)
+  return trees.concatenate(parts), above_in_pool, jnp.concatenate(allowed, axis=1)

@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from worldlm_jax import model, scoring, trees
-from worldlm_jax.algorithms.rules import Algorithm, BackboneRule, NodeInputs, PhaseInputs
+from worldlm_jax.algorithms.rules import Algorithm, Ascent, BackboneRule, Descent, Log, NodeInputs
 from worldlm_jax.config import Config, KeyLayerConfig
 from worldlm_jax.exchange import attend, backbone as backbone_lib, residuals as residuals_lib
 from worldlm_jax.exchange.residuals import Residuals
-from worldlm_jax.state import LevelState, Topology
 
 
 def make(config: Config, arch: model.Architecture, *, any_validated: bool) -> Algorithm:
@@ -51,64 +50,51 @@ class AttendRule(NamedTuple):
   arch: model.Architecture
   any_validated: bool
 
-  def receive(
-    self, backbone: trees.PyTree, level: LevelState, above: LevelState, pool: Residuals | None, eligible: jax.Array | None,
-    topology: Topology, nodes: NodeInputs, phase: PhaseInputs,
-  ) -> tuple[trees.PyTree, Residuals | None, dict[str, jax.Array]]:
+  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, Log]:
     """The down-phase of a level: see `KeyLayerRule.receive`."""
+    level, above, topology = descent.level, descent.above, descent.topology
     over_updates = self.config.values == "updates"
-    if pool is not None and over_updates:
-      # Each update is used once: not again in a later repeat of the same round, and not when it is old.
-      above_count = 0 if above.received is None else above.received.present.shape[0] * above.received.present.shape[1]
-      from_above = jnp.arange(pool.present.shape[0]) >= pool.present.shape[0] - above_count
-      news = (pool.round >= phase.round_index - 1) & (phase.first_repeat | ~from_above[:, None])
-      pool = pool._replace(present=pool.present & news)
+    pool = self._news(descent) if over_updates else descent.pool
 
-    def one(node: NodeInputs, own, update, parent, eligible_P, siblings_S, siblings_mask_S, backbone_q):
-      own_layers, parents_layers = own, trees.take(above.params["key_layers"], parent)
-      direction, reference = self._query(own_layers, update, parents_layers)
+    def one(node, own, update, parent, eligible_P, siblings_S, siblings_mask_S, backbone):
+      parents = trees.take(above.params["key_layers"], parent)
       received, log = None, {}
-      if pool is not None:
-        similarity = "param_cosine" if self.config.similarity == "validation_loss" else self.config.similarity
-        there = pool.present & eligible_P[:, None]
-        scores = attend.parameter_scores(similarity, "layer", direction, reference, pool.layers, there)[0]
-        received = residuals_lib.route(pool, eligible_P, scores, level.received.present.shape[1])
+      if pool is not None and level.received is not None:
+        received = self._route(pool, eligible_P, *self._query(own, update, parents), level.received.present.shape[1])
         log = {"routed_origin": jnp.where(received.present, received.origin, -1), "routed_round": received.round}
-      loss = self._loss(node, backbone_q)
+      loss = self._loss(node, backbone)
       if over_updates:
-        own_first = [trees.take(above.update, parent)]
-        candidates = _stack(own_first, received, trees.take(level.update, siblings_S))
+        candidates = _stack([trees.take(above.update, parent)], received, trees.take(level.update, siblings_S))
         mask_SxM = _masks(
-          [above.trained[parent] & phase.first_repeat], received, siblings_mask_S & level.fresh[siblings_S], own_layers
+          [above.trained[parent] & descent.phase.first_repeat], received,
+          siblings_mask_S & level.fresh[siblings_S], own,
         )
         addition, weights, _ = self._attend_updates(update, candidates, mask_SxM, jnp.ones(mask_SxM.shape[0]))
-        mixed = trees.add(own_layers, addition)
+        mixed = trees.add(own, addition)
       else:
-        candidates = _stack([own_layers, parents_layers], received, None)
-        mask_SxM = _masks([jnp.bool_(True)] * 2, received, None, own_layers)
-        mixed, weights = self._attend_layers(
-          own_layers, direction, reference, candidates, mask_SxM, jnp.ones(mask_SxM.shape[0]), node, loss
-        )
-      mixed, accepted = self._accept(own_layers, mixed, node, loss)
+        candidates = _stack([own, parents], received, None)
+        mask_SxM = _masks([jnp.bool_(True)] * 2, received, None, own)
+        query = own, *self._query(own, update, parents)
+        mixed, weights = self._attend_layers(query, candidates, mask_SxM, jnp.ones(mask_SxM.shape[0]), node, loss)
+      mixed, accepted = self._accept(own, mixed, node, loss)
       return mixed, received, log | {"weights": weights, "accepted": accepted}
 
-    eligible_NxP = jnp.zeros((nodes.active.shape[0], 0), bool) if eligible is None else eligible
+    num_nodes = descent.nodes.active.shape[0]
+    eligible_NxP = jnp.zeros((num_nodes, 0), bool) if descent.eligible is None else descent.eligible
     return jax.vmap(one)(
-      nodes, level.params["key_layers"], level.update, topology.parent, eligible_NxP,
-      topology.siblings, topology.siblings_mask, backbone,
+      descent.nodes, level.params["key_layers"], level.update, topology.parent, eligible_NxP,
+      topology.siblings, topology.siblings_mask, descent.backbone,
     )
 
-  def merge(
-    self, backbone: trees.PyTree, level: LevelState, below: LevelState, members_mask: jax.Array,
-    topology: Topology, below_member: jax.Array, nodes: NodeInputs, phase: PhaseInputs,
-  ) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, dict[str, jax.Array]]:
+  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
     """The up-phase of a level: see `KeyLayerRule.merge`."""
+    level, below = ascent.level, ascent.below
 
-    def one(node: NodeInputs, own, update, trained, own_tokens, members_S, mask_S, backbone_p):
+    def one(node, own, update, trained, own_tokens, members_S, mask_S, backbone):
       update = trees.where(trained, update, trees.zeros_like(update))
       tokens_S = below.tokens[members_S]
       uniform = self.config.prior == "uniform"
-      loss = self._loss(node, backbone_p)
+      loss = self._loss(node, backbone)
       mask_SxM = _masks([], None, mask_S, own)
       if self.config.values == "updates":
         layers = trees.take(below.update, members_S)
@@ -118,30 +104,47 @@ class AttendRule(NamedTuple):
         update = trees.where(trained, update, addition)
       else:
         layers = trees.take(below.params["key_layers"], members_S)
-        candidates = _stack([own], None, layers)
         all_mask_SxM = _masks([trained], None, mask_S, own)
         prior_S = jnp.ones(all_mask_SxM.shape[0]) if uniform else jnp.append(own_tokens, tokens_S)
-        direction, reference = self._query(own, update, own)
-        mixed, weights = self._attend_layers(
-          own, direction, reference, candidates, all_mask_SxM, prior_S, node, loss
-        )
+        query = own, *self._query(own, update, own)
+        mixed, weights = self._attend_layers(query, _stack([own], None, layers), all_mask_SxM, prior_S, node, loss)
         use_SxM = weights[1:]
       mixed, accepted = self._accept(own, mixed, node, loss)
       sent = None
       if level.residuals is not None:
         # A federation with a single layer to take has nothing that it could not use.
-        choice = jnp.sum(mask_S) + trained > 1
-        sent = residuals_lib.select(
-          layers, use_SxM, mask_SxM & choice, below_member[members_S], phase.round_index, level.residuals.present.shape[1]
-        )
+        offered_SxM = mask_SxM & (jnp.sum(mask_S) + trained > 1)
+        origin_S, count = ascent.below_member[members_S], level.residuals.present.shape[1]
+        sent = residuals_lib.select(layers, use_SxM, offered_SxM, origin_S, ascent.phase.round_index, count)
       return mixed, update, sent, {"weights": weights, "accepted": accepted}
 
     return jax.vmap(one)(
-      nodes, level.params["key_layers"], level.update, level.trained, level.own_tokens,
-      topology.children, members_mask, backbone,
+      ascent.nodes, level.params["key_layers"], level.update, level.trained, level.own_tokens,
+      ascent.topology.children, ascent.members_mask, ascent.backbone,
     )
 
-  def _query(self, own: trees.PyTree, update: trees.PyTree, parents: trees.PyTree) -> tuple[trees.PyTree, trees.PyTree | None]:
+  def _news(self, descent: Descent) -> Residuals | None:
+    """The pool without what was used before: each update is used once, and not when it is old."""
+    pool, phase = descent.pool, descent.phase
+    if pool is None:
+      return None
+    num_pooled = pool.present.shape[0]
+    from_above_P = jnp.arange(num_pooled) >= num_pooled - descent.above_in_pool
+    news_PxM = (pool.round >= phase.round_index - 1) & (phase.first_repeat | ~from_above_P[:, None])
+    return pool._replace(present=pool.present & news_PxM)
+
+  def _route(
+    self, pool: Residuals, eligible_P: jax.Array, direction: trees.PyTree, reference: trees.PyTree | None, count: int
+  ) -> Residuals:
+    """The pooled layers most similar to a node's own. Losses would cost too much: cosines stand in for them."""
+    similarity = "param_cosine" if self.config.similarity == "validation_loss" else self.config.similarity
+    there = pool.present & eligible_P[:, None]
+    scores = attend.parameter_scores(similarity, "layer", direction, reference, pool.layers, there)
+    return residuals_lib.route(pool, eligible_P, scores[0], count)
+
+  def _query(
+    self, own: trees.PyTree, update: trees.PyTree, parents: trees.PyTree
+  ) -> tuple[trees.PyTree, trees.PyTree | None]:
     """The direction that candidates are compared with, and the point they are seen from."""
     if self.config.values == "updates":
       return update, None
@@ -151,9 +154,9 @@ class AttendRule(NamedTuple):
       return update, trees.subtract(own, update)
     return own, None
 
-  def _attend_layers(self, own, direction, reference, candidates, mask_SxM, prior_S, node, loss):
-    """Mixed layers and the weights `[S, M]`, averaged over tensors."""
-    config = self.config
+  def _attend_layers(self, query, candidates, mask_SxM, prior_S, node, loss):
+    """Mixed layers and the weights `[S, M]`, averaged over tensors; `query` is (own, direction, reference)."""
+    config, (own, direction, reference) = self.config, query
     if config.similarity == "validation_loss":
       scores = attend.loss_scores(config.granularity, own, candidates, loss)
       scores = jnp.where(node.num_windows > 0, scores, 0.0)  # without data of its own, no preference

@@ -33,7 +33,8 @@ PyTree = Any
 
 
 def parameter_scores(
-  similarity: str, granularity: str, direction: PyTree, reference: PyTree | None, candidates: PyTree, mask_SxM: jax.Array
+  similarity: str, granularity: str, direction: PyTree, reference: PyTree | None, candidates: PyTree,
+  mask_SxM: jax.Array,
 ) -> jax.Array:
   """Similarity of `direction` and each candidate's displacement from `reference`.
 
@@ -51,8 +52,8 @@ def parameter_scores(
   """
   displacement = candidates if reference is None else jax.tree.map(lambda c, r: c - r[None], candidates, reference)
   displacement = _masked(displacement, mask_SxM)
-  total = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(direction))
-  direction = trees.where(total > 0, direction, _masked_mean(displacement, mask_SxM))
+  moves = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(direction)]))
+  direction = trees.where(moves, direction, _masked_mean(displacement, mask_SxM))
   product = _inner(direction, displacement, granularity)
   if similarity == "scaled_dot":
     return product / jnp.sqrt(_unit_sizes(direction, granularity))
@@ -100,7 +101,8 @@ def attention_weights(
   scores = jnp.where(mask, scores_TxSxM, -jnp.inf)
   hard = jax.nn.one_hot(jnp.argmax(scores, axis=1), mask.shape[1], axis=1)
   log_prior_S = jnp.log(jnp.where(prior_S > 0, prior_S, 1.0))
-  soft = jnp.where(mask, scores_TxSxM / jnp.where(temperature == 0, 1.0, temperature) + log_prior_S[None, :, None], -jnp.inf)
+  logits = scores_TxSxM / jnp.where(temperature == 0, 1.0, temperature) + log_prior_S[None, :, None]
+  soft = jnp.where(mask, logits, -jnp.inf)
   highest = jnp.max(soft, axis=1, keepdims=True, initial=-jnp.inf, where=mask)
   soft = jnp.where(mask, jnp.exp(soft - jnp.where(jnp.isfinite(highest), highest, 0.0)), 0.0)
   total = jnp.sum(soft, axis=1, keepdims=True)

@@ -162,7 +162,8 @@ def _heads(x_BxTxN: jax.Array, num_heads: int) -> jax.Array:
 def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   """Root-mean-square norm over the last axis of `[B, T, D]`, in float32 whatever the compute dtype."""
   x32 = x.astype(jnp.float32)
-  return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon) * scale[None, None, :]).astype(x.dtype)
+  normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+  return (normed * scale[None, None, :]).astype(x.dtype)
 
 
 def _rotate(x_BxTxHxC: jax.Array, base: float) -> jax.Array:
