@@ -20,6 +20,7 @@ from worldlm_jax import (
   config as config_lib,
   engine as engine_lib,
   federation as federation_lib,
+  feed,
   local,
   model,
   oracle as oracle_lib,
@@ -90,9 +91,11 @@ class Harness:
   def workload(self, step: schedule.Step) -> local.Workload:
     """What the nodes of a training step are to do."""
     members, taken = self.federation.levels[step.level], np.asarray(self.state[step.level].step)
-    most = max(m.settings.local_steps for m in members)
+    most, batch, _ = feed.workload_shape(self.federation, self.config.optimizer.microbatch_size, 7)
+    windows = np.array([[windows_of(m.path, taken[i] + s) for s in range(most)] for i, m in enumerate(members)])
+    windows = np.pad(windows, [(0, 0), (0, 0), (0, max(0, batch - MAX_BATCH)), (0, 0)])[:, :, :batch]
     return local.Workload(
-      np.array([[windows_of(m.path, taken[i] + s) for s in range(most)] for i, m in enumerate(members)]),
+      windows,
       np.array([[self.rate(m.path, taken[i] + s) for s in range(most)] for i, m in enumerate(members)], np.float32),
       np.array([m.settings.local_steps for m in members], np.int32) * step.active,
       np.array([m.settings.batch_size for m in members], np.int32),

@@ -7,6 +7,8 @@ only ever sees plain arguments and frozen specs made from these.
 import dataclasses
 import json
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from worldlm_jax import checks
@@ -193,6 +195,20 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
   if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
     return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
   return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} here"]
+
+
+def check_flags(argv: Iterable[str]) -> None:
+  """Raises `ValueError` at a flag such as `--config.model.layers=4` whose name leads to no field of `Config`."""
+  for text in argv:
+    found = re.match(r"--?(?:no)?(config\.([\w.]+))", text)
+    kind: Any = Config
+    for part in found[2].split(".") if found else ():
+      where = f"--{found[1]}: field"
+      if not dataclasses.is_dataclass(kind):
+        checks.fail(where, part, "a flag that ends before it", "--node changes the settings of one node")
+      types = {field.name: field.type for field in dataclasses.fields(kind)}
+      checks.one_of(where, part, types)
+      kind = types[part]
 
 
 def validate(config: Config) -> None:

@@ -20,7 +20,7 @@ from worldlm_jax import checks, config as config_lib
 
 ROOT = "."
 _YAML_SOURCES: dict[str, Callable[[str, Path], config_lib.Source]] = {
-  "text": lambda value, base: config_lib.TextFolder(str(base / value)),
+  "text": lambda value, base: config_lib.TextFolder(str(base / Path(value).expanduser())),
   "stdlib": lambda value, base: config_lib.StandardLibrary(value),
 }
 
@@ -144,25 +144,25 @@ def _configured_tree(federation: config_lib.FederationConfig) -> config_lib.Node
   if federation.folder:
     folder = Path(federation.folder)
     checks.require(folder.is_dir(), "config.federation.folder", federation.folder, "an existing folder")
-    return _tree_from_folder(folder)
+    return _tree_from_folder(folder, folder.resolve().name)
   assert federation.root is not None
   return federation.root
 
 
-def _tree_from_folder(folder: Path) -> config_lib.Node:
+def _tree_from_folder(folder: Path, name: str) -> config_lib.Node:
   """Each folder is a node; one that holds .txt files has data. Hidden folders are left out."""
   try:
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
   except OSError as error:
     raise ValueError(f"federation.folder: {folder} cannot be read ({error.strerror}); make it readable") from error
   names = [entry for entry in entries if not entry.name.startswith((".", "__"))]
-  children = [_tree_from_folder(Path(entry.path)) for entry in names if entry.is_dir()]
+  children = [_tree_from_folder(Path(entry.path), entry.name) for entry in names if entry.is_dir()]
   has_text = any(entry.is_file() and entry.name.endswith(".txt") for entry in names)
   if not children and not has_text:
     checks.fail("federation.folder", str(folder), "a folder that holds .txt files or folders of them",
                 "add train.txt, valid.txt and test.txt (or other .txt files), or remove the folder")
   data = config_lib.TextFolder(str(folder)) if has_text else None
-  return config_lib.Node(folder.resolve().name, data, children)
+  return config_lib.Node(name, data, children)
 
 
 def _tree_from_yaml(path: Path) -> config_lib.Node:
@@ -182,7 +182,7 @@ def _tree_from_yaml(path: Path) -> config_lib.Node:
     data, children, settings = entry.get("data"), entry.get("children") or [], entry.get("settings") or {}
     source: config_lib.Source | None = None
     if data is not None:
-      if not (isinstance(data, dict) and len(data) == 1):
+      if not (isinstance(data, dict) and len(data) == 1 and all(isinstance(v, str) for v in data.values())):
         checks.fail(f"{path}: {here}: data", data, "{text: FOLDER} or {stdlib: FAMILY}")
       ((kind, value),) = data.items()
       checks.one_of(f"{path}: {here}: data", kind, _YAML_SOURCES)

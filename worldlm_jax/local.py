@@ -87,6 +87,7 @@ def train_node(
     opt_state = trees.where(work.steps > 0, tx.init(params), opt_state)
   max_steps, max_batch, width = work.windows.shape
   micro = min(config.microbatch_size or max_batch, max_batch)
+  assert max_batch % micro == 0, (max_batch, micro)
   num_tokens = work.batch_size * (width - 1)
 
   def gradient(params: model.Params, windows_BxW: jax.Array) -> tuple[jax.Array, model.Params]:

@@ -9,12 +9,11 @@ The same command again resumes. Exit codes: 0 finished, 1 stopped by an error in
 """
 
 import sys
-from collections.abc import Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from worldlm_jax import federation, progress, train
+from worldlm_jax import checks, config as config_lib, federation, progress, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File whose get_config() returns a worldlm_jax Config.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.")
@@ -24,11 +23,21 @@ _NODE = flags.DEFINE_multi_string("node", [], "PATH.FIELD=VALUE: a node's own se
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 
 
-def main(argv: Sequence[str]) -> int:
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags; a mistake in them is bad input like any other."""
+  try:
+    config_lib.check_flags(argv)
+    rest = flags.FLAGS(argv)
+    checks.require(not rest[1:], "arguments", rest[1:], "only flags", "see --help")
+    _ = _CONFIG.value.seed  # only now is a missing config file noticed
+    return rest
+  except (flags.Error, ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def main(_: list[str]) -> int:
   """Runs the experiment of the flags and returns the exit code."""
-  if argv[1:]:
-    print(f"error: unexpected {argv[1:]}: expected only flags; see --help", file=sys.stderr)
-    return BAD_INPUT
   logging.set_verbosity(logging.ERROR)  # Orbax logs every file
   reporter = progress.for_stdout()
   try:
@@ -49,4 +58,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(lambda argv: sys.exit(main(argv)))
+  app.run(main, flags_parser=parse_flags)

@@ -310,22 +310,22 @@ class Oracle:
     cosines = [np.zeros((len(self.shapes), len(c))) for c in candidates]
     for unit in self._units():
       own_vector = np.concatenate([own[t][i] for t, i in unit])
-      steps = {}
-      for t, i in unit:
-        if not _dot(own_vector, own_vector):
+      trained = bool(_dot(own_vector, own_vector))
+      steps = {(t, i): own[t][i] for t, i in unit}
+      if not trained:  # follow the others' mean
+        for t, i in unit:
           weights = np.ones(len(candidates[i])) if prior is None else np.array(prior)
-          total = weights.sum()
-          shares = weights / (total or 1.0)
-          steps[t, i] = sum((w * c[t] for w, c in zip(shares, candidates[i], strict=True)), 0 * own[t][i])
-          continue
-        steps[t, i] = own[t][i]
+          for share, candidate in zip(weights / (weights.sum() or 1.0), candidates[i], strict=True):
+            steps[t, i] = steps[t, i] + share * candidate[t]
+      direction = np.concatenate([steps[t, i] for t, i in unit])
+      for t, i in unit:
         for s, candidate in enumerate(candidates[i]):
           # With granularity "all", a candidate's missing layers count as zeros.
           theirs = np.concatenate([
             candidates[j][s][u] if s < len(candidates[j]) else 0 * own[u][j] for u, j in unit
           ])
-          cosines[i][t, s] = _cosine(own_vector, theirs)
-          beta = keys.update_strength * max(0.0, cosines[i][t, s] - keys.update_threshold)
+          cosines[i][t, s] = _cosine(direction, theirs)
+          beta = trained * keys.update_strength * max(0.0, cosines[i][t, s] - keys.update_threshold)
           steps[t, i] = steps[t, i] + beta * candidate[t]
       step_vector = np.concatenate([steps[t, i] for t, i in unit])
       own_norm, step_norm = np.linalg.norm(own_vector), np.linalg.norm(step_vector)

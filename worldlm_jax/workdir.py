@@ -59,23 +59,24 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> Non
     ValueError: it holds something else, or a run that differs; names the fields.
   """
   record = workdir / "config.json"
-  if overwrite and record.exists():
+  there = _read_record(record)
+  checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
+  if there and overwrite:
     for name in ("checkpoints", "damaged"):
       shutil.rmtree(workdir / name, ignore_errors=True)
     for name in ("metrics.jsonl", "summary.json", "config.json"):
       (workdir / name).unlink(missing_ok=True)
-  checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
-  if record.exists():
-    there = json.loads(record.read_text(encoding="utf-8"))
-    old, new = ({k: _comparable(d[k]) for k in ("config", "nodes")} for d in (there, description))
-    found = config_lib.differences(old, new)
+  elif there:
+    found = config_lib.differences(_comparable(there), _comparable(description))
     checks.require(not found, "--workdir", str(workdir), "a new folder or one that holds a run of this configuration",
                    f"it differs in: {'; '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}. "
                    "Choose another folder, or start afresh with --overwrite")
     return
-  checks.require(not workdir.exists() or not any(workdir.iterdir()), "--workdir", str(workdir),
-                 "a new or empty folder, or one that holds a run (it has files, but no config.json)",
-                 "choose another folder; --overwrite does not delete what is not a run's")
+  elif workdir.exists():
+    foreign = [path.name for path in workdir.iterdir() if path.name != "config.json.new"]
+    checks.require(not foreign, "--workdir", str(workdir),
+                   "a new or empty folder, or one that holds a run (it has files, but no config.json of a run)",
+                   "choose another folder; --overwrite does not delete what is not a run's")
   workdir.mkdir(parents=True, exist_ok=True)
   metrics.write_json(record, description | environment())
 
@@ -93,9 +94,18 @@ def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointCo
   )
 
 
-def _comparable(nodes: dict[str, Any]) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any] | None:
+  """The content of a run's config.json; None where there is none, or one that is not a run's."""
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (FileNotFoundError, NotADirectoryError, ValueError):
+    return None
+  return content if isinstance(content, dict) and {"config", "nodes", "versions"} <= content.keys() else None
+
+
+def _comparable(description: dict[str, Any]) -> dict[str, Any]:
   """Folders may move as long as the text, whose digest is compared, is the same."""
-  return {
-    path: {k: v for k, v in value.items() if k != "data"} if isinstance(value, dict) and "digest" in value else value
-    for path, value in nodes.items()
+  nodes = description["nodes"].items()
+  return {"config": description["config"]} | {
+    f"node {path!r}": {k: v for k, v in value.items() if k != "data"} for path, value in nodes
   }

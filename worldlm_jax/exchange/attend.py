@@ -144,19 +144,22 @@ def attend_updates(
 
   Returns:
     What to add to K_q (which already holds D_q), leaves `[M, ...]`, of norm at most
-    (1 + norm_cap) |D_q| per unit; the weights beta `[T, S, M]`; the cosines `[T, S, M]`.
+    (1 + norm_cap) |D_q| per unit; the weights beta `[T, S, M]`; the cosines `[T, S, M]` of the candidates
+    and D_q, or the followed mean.
   """
   candidates = _masked(candidates, mask_SxM)
-  own_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], update), granularity)  # [T, 1, M]
-  cosines = _cosine(_inner(update, candidates, granularity), own_squared, _inner_self(candidates, granularity))
-  shape = (cosines.shape[0], *mask_SxM.shape)
-  cosines = jnp.broadcast_to(cosines, shape)
-  relevant = jnp.where(mask_SxM[None], strength * jax.nn.relu(cosines - threshold), 0.0)
-  follow = attention_weights(jnp.zeros(shape), mask_SxM, prior_S, jnp.float32(jnp.inf))
+  own_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], update), granularity)  # [T or 1, 1, M or 1]
+  shape = (own_squared.shape[0], *mask_SxM.shape)
   trained = jnp.broadcast_to(own_squared > 0, shape)
-  weights = jnp.where(trained, relevant, follow)
+  follow = jnp.where(trained, 0.0, attention_weights(jnp.zeros(shape), mask_SxM, prior_S, jnp.float32(jnp.inf)))
   zero = trees.zeros_like(update)
-  step = trees.add(update, mix(zero, candidates, weights, mask_SxM))
+  direction = trees.add(update, mix(zero, candidates, follow, mask_SxM))
+  direction_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], direction), granularity)
+  cosines = _cosine(_inner(direction, candidates, granularity), direction_squared, _inner_self(candidates, granularity))
+  cosines = jnp.broadcast_to(cosines, shape)
+  relevant = jnp.where(trained & mask_SxM[None], strength * jax.nn.relu(cosines - threshold), 0.0)
+  weights = relevant + follow
+  step = trees.add(direction, mix(zero, candidates, relevant, mask_SxM))
   step_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], step), granularity)
   ratio = norm_cap * jnp.sqrt(own_squared / jnp.where(step_squared > 0, step_squared, 1.0))
   scale = jnp.where((own_squared > 0) & (step_squared > 0), jnp.minimum(1.0, ratio), 1.0)[:, 0]  # [T, M]

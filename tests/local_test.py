@@ -1,0 +1,234 @@
+"""Local training against a loop written by hand with Optax, and the learning rates.
+
+Shapes: S = 5 steps of at most B = 4 windows of W = 8 tokens.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from worldlm_jax import local, model, partition
+from worldlm_jax.config import ModelConfig, NodeSettings, OptimizerConfig
+
+S, B, W, VOCAB = 5, 4, 8, 11
+# A large epsilon keeps Adam from blowing rounding errors of tiny gradients up to whole steps.
+ADAMW = OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3)
+ARCH = model.architecture(
+  ModelConfig(num_layers=2, d_model=12, num_heads=3, num_kv_heads=1, d_ff=17, key_layer_share=0.0), VOCAB
+)
+RATES = np.array([0.02, 0.05, 0.03, 0.01, 0.04], np.float32)
+
+train = functools.partial(jax.jit, static_argnums=(0, 1))(local.train_node)
+
+
+@functools.cache
+def start():
+  params = jax.device_get(model.init(ARCH, jax.random.key(0)))
+  return jax.tree.map(lambda leaf: leaf if leaf.max() == 1 else 10 * leaf, params)
+
+
+def work_of(seed=0, steps=S, batch_size=3, weight_decay=0.3, clip_norm=0.5):
+  windows = np.random.default_rng(seed).integers(0, VOCAB, (S, B, W)).astype(np.int32)
+  return local.Workload(
+    windows, RATES, np.int32(steps), np.int32(batch_size), np.float32(weight_decay), np.float32(clip_norm)
+  )
+
+
+def fresh(config=ADAMW):
+  return local.optimizer(config).init(start())
+
+
+@functools.cache
+def gradient_by_hand():
+  """Mean loss of one batch and its gradient, from the logits."""
+
+  def loss(params, windows):
+    logits = model.apply(ARCH, params, windows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+  return jax.jit(jax.value_and_grad(loss))
+
+
+def loop_by_hand(tx, params, work):
+  state, losses, update = tx.init(params), [], jax.jit(tx.update)
+  for step in range(work.steps):
+    loss, gradient = gradient_by_hand()(params, work.windows[step, : work.batch_size])
+    updates, state = update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    losses.append(float(loss))
+  return params, losses
+
+
+def adamw_by_hand(work):
+  decayed = {
+    "backbone": {
+      "embedding": True, "final_norm": False,
+      "blocks": {"attention_norm": False, "mlp_norm": False} | {
+        name: {"kernel": True} for name in ("query", "key", "value", "attention_out", "gate", "up", "down")
+      },
+    },
+    "key_layers": {},
+  }
+  return optax.chain(
+    optax.clip_by_global_norm(float(work.clip_norm)),
+    optax.adamw(lambda count: jnp.asarray(RATES)[count], b1=0.8, b2=0.9, eps=1e-3,
+                weight_decay=float(work.weight_decay), mask=decayed),
+  )
+
+
+def test_train_node_is_adamw_with_clipping(rounds):
+  work = work_of()
+  expected, losses = loop_by_hand(adamw_by_hand(work), start(), work)
+  norms = [optax.tree.norm(gradient_by_hand()(start(), work.windows[s, :3])[1]) for s in range(S)]
+  assert max(norms) > work.clip_norm, "the clip matters"
+  trained = train(ARCH, ADAMW, start(), fresh(), work)
+  rounds.assert_trees_close(trained.params, expected, atol=1e-5)
+  np.testing.assert_allclose(trained.losses, losses, atol=1e-5)
+  assert trained.losses.dtype == jnp.float32 and trained.steps == S
+
+
+def test_train_node_with_sgd_and_no_clip(rounds):
+  work = work_of(weight_decay=7.0, clip_norm=math.inf)  # SGD knows no weight decay
+  expected, losses = loop_by_hand(optax.sgd(lambda count: jnp.asarray(RATES)[count]), start(), work)
+  sgd = OptimizerConfig(name="sgd")
+  trained = train(ARCH, sgd, start(), fresh(sgd), work)
+  rounds.assert_trees_close(trained.params, expected, atol=1e-5)
+  np.testing.assert_allclose(trained.losses, losses, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_gradients_of_microbatches_add_up_to_that_of_the_batch(rounds, batch_size):
+  work = work_of(batch_size=batch_size)
+  whole = train(ARCH, ADAMW, start(), fresh(), work)
+  config = OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3, microbatch_size=2)
+  parts = train(ARCH, config, start(), fresh(), work)
+  rounds.assert_trees_close(parts.params, whole.params, atol=1e-5)
+  np.testing.assert_allclose(parts.losses, whole.losses, atol=1e-5)
+
+
+def test_places_beyond_the_steps_and_the_batch_size_are_ignored(rounds):
+  work = work_of(steps=3)
+  trained = train(ARCH, ADAMW, start(), fresh(), work)
+  assert trained.steps == 3
+  np.testing.assert_array_equal(np.isnan(trained.losses), [False] * 3 + [True] * 2)
+  other = np.array(work_of(seed=1).windows)
+  other[:3, :3] = work.windows[:3, :3]
+  rates = np.where(np.arange(S) < 3, RATES, np.nan).astype(np.float32)
+  again = train(ARCH, ADAMW, start(), fresh(), work._replace(windows=other, learning_rates=rates))
+  rounds.assert_trees_close(again.params, trained.params, atol=0)
+  expected, losses = loop_by_hand(adamw_by_hand(work), start(), work)
+  rounds.assert_trees_close(trained.params, expected, atol=1e-5)
+  np.testing.assert_allclose(trained.losses[:3], losses, atol=1e-5)
+
+
+def test_without_steps_everything_stays(rounds):
+  state = train(ARCH, ADAMW, start(), fresh(), work_of()).opt_state
+  for config in (ADAMW, OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3, moments="reset")):
+    trained = train(ARCH, config, start(), state, work_of(steps=0))
+    rounds.assert_trees_close(trained.params, start(), atol=0)
+    rounds.assert_trees_close(trained.opt_state, state, atol=0)
+    assert trained.steps == 0 and np.all(np.isnan(trained.losses))
+
+
+def test_kept_moments_continue_and_reset_ones_begin_anew(rounds):
+  whole = train(ARCH, ADAMW, start(), fresh(), work_of())
+  first = train(ARCH, ADAMW, start(), fresh(), work_of(steps=2))
+  rest = jax.tree.map(lambda leaf: np.roll(leaf, -2, axis=0), work_of()[:2])
+  second = work_of(steps=3)._replace(windows=rest[0], learning_rates=rest[1])
+  kept = train(ARCH, ADAMW, first.params, first.opt_state, second)
+  rounds.assert_trees_close((kept.params, kept.opt_state), (whole.params, whole.opt_state), atol=1e-6)
+  reset = OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3, moments="reset")
+  anew = train(ARCH, reset, first.params, first.opt_state, second)
+  expected = train(ARCH, ADAMW, first.params, fresh(), second)
+  rounds.assert_trees_close((anew.params, anew.opt_state), (expected.params, expected.opt_state), atol=1e-6)
+  assert np.abs(anew.params["backbone"]["embedding"] - kept.params["backbone"]["embedding"]).max() > 1e-3
+
+
+def test_training_stops_before_a_loss_that_is_not_finite(rounds):
+  good = train(ARCH, ADAMW, start(), fresh(), work_of(steps=2))
+  work = work_of()
+  windows = np.array(work.windows)
+  windows[2, 0, -1] = VOCAB  # no such token: its loss is nan
+  trained = train(ARCH, ADAMW, start(), fresh(), work._replace(windows=windows))
+  assert trained.steps == 2
+  np.testing.assert_array_equal(np.isfinite(trained.losses), [True, True, False, False, False])
+  rounds.assert_trees_close((trained.params, trained.opt_state), (good.params, good.opt_state), atol=0)
+
+
+def test_training_stops_before_a_gradient_that_is_not_finite(rounds, monkeypatch):
+  loss_sum = model.loss_sum
+
+  def with_steep_corner(arch, params, windows, rows):  # adds 0, with an infinite slope
+    return loss_sum(arch, params, windows, rows) + jnp.sqrt(0 * jnp.sum(params["backbone"]["final_norm"]))
+
+  monkeypatch.setattr(model, "loss_sum", with_steep_corner)
+  trained = jax.jit(functools.partial(local.train_node, ARCH, ADAMW))(start(), fresh(), work_of())
+  assert trained.steps == 0
+  np.testing.assert_array_equal(np.isfinite(trained.losses), [True, False, False, False, False])
+  rounds.assert_trees_close(trained.params, start(), atol=0)
+
+
+def test_norms_have_no_weight_decay():
+  nothing = jax.tree.map(jnp.zeros_like, start())
+  tx = local.optimizer(ADAMW, jnp.float32(1.0), jnp.float32(0.3))
+  updates, _ = tx.update(nothing, tx.init(start()), start())
+  for (path, update), leaf in zip(
+    jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(start()), strict=True
+  ):
+    name = jax.tree_util.keystr(path)
+    expected = 0 * leaf if "_norm" in name else 0.3 * leaf
+    np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=name)
+
+
+def test_nodes_side_by_side_train_as_each_alone(rounds):
+  works = [work_of(0), work_of(1, steps=0), work_of(2, steps=3, batch_size=1, clip_norm=0.1), work_of(3, batch_size=4)]
+  stack = lambda *leaves: np.stack(leaves)
+  stacked = lambda tree: jax.tree.map(lambda leaf: np.stack([leaf] * 4), tree)
+  mesh = partition.make_mesh(jax.devices()[:2])
+  together = jax.jit(functools.partial(local.train_nodes, ARCH, ADAMW, mesh))(
+    stacked(start()), stacked(fresh()), jax.tree.map(stack, *works)
+  )
+  for n, work in enumerate(works):
+    alone = train(ARCH, ADAMW, start(), fresh(), work)
+    rounds.assert_trees_close(jax.tree.map(lambda leaf, n=n: leaf[n], together), alone, atol=1e-5)
+
+
+# Learning rates.
+
+
+def rates_of(schedule, total, warmup=3, peak=0.7):
+  settings = NodeSettings(learning_rate=peak, warmup_steps=warmup, lr_schedule=schedule)
+  return local.learning_rates(settings, total)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize(("total", "warmup"), [(0, 3), (1, 0), (1, 3), (2, 2), (23, 0), (23, 3)])
+def test_rates_warm_up_linearly_and_never_rise_again(schedule, total, warmup):
+  rates = rates_of(schedule, total, warmup)
+  assert rates.shape == (total,) and rates.dtype == np.float32
+  ramp = min(warmup, total)
+  np.testing.assert_allclose(rates[:ramp], 0.7 * (np.arange(ramp) + 1) / max(1, ramp), rtol=1e-6)
+  assert np.all(np.diff(rates[max(0, ramp - 1) :]) <= 1e-7)
+  assert np.all((rates >= 0) & (rates <= 0.7 * (1 + 1e-6)))
+
+
+def test_constant_rates_stay():
+  np.testing.assert_allclose(rates_of("constant", 23)[2:], np.full(21, 0.7), rtol=1e-6)
+
+
+def test_cosine_rates_fall_to_a_tenth():
+  rates = rates_of("cosine", 23)
+  done = (np.arange(2, 23) - 2) / 20
+  np.testing.assert_allclose(rates[2:], 0.7 * (0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2), rtol=1e-5)
+  np.testing.assert_allclose(rates[-1], 0.07, rtol=1e-5)
+
+
+def test_wsd_rates_stay_and_fall_over_the_last_fifth():
+  rates = rates_of("wsd", 23)  # 3 of warm-up, 20 beyond, 4 of which fall
+  np.testing.assert_allclose(rates[2:19], np.full(17, 0.7), rtol=1e-6)
+  np.testing.assert_allclose(rates[19:] / 0.7, [0.75, 0.5, 0.25, 0], atol=1e-6)

@@ -1,0 +1,288 @@
+"""The model: its equations in float64 NumPy, causality, the split into backbone and key layers, sizes.
+
+Shapes: B = 2 windows, T = 7 positions, D = 24 width, H = 6 heads of C = 4, K key-value heads, V = 11.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from worldlm_jax import model, trees
+from worldlm_jax.config import ModelConfig
+from worldlm_jax.model import transformer
+
+B, T, V, D, H, F, L = 2, 7, 11, 24, 6, 17, 3
+BASE, EPSILON = 53.0, 1e-3
+
+apply = functools.partial(jax.jit, static_argnums=0)(model.apply)
+loss_and_gradient = functools.partial(jax.jit, static_argnums=0)(jax.value_and_grad(model.loss_sum, argnums=1))
+
+
+@functools.cache
+def small(**changes):
+  """Three blocks, one of them a key layer, two query heads to a key-value head, an untied head."""
+  config = ModelConfig(num_layers=L, d_model=D, num_heads=H, num_kv_heads=3, d_ff=F, rope_base=BASE,
+                       norm_epsilon=EPSILON, tied_head=False, key_layer_share=0.3)
+  return model.architecture(dataclasses.replace(config, **changes), V)
+
+
+@functools.cache
+def start(arch):
+  """Parameters far enough from those of `init` that every one of them matters."""
+  params = jax.device_get(model.init(arch, jax.random.key(0)))
+  rng = np.random.default_rng(1)
+
+  def shake(path, leaf):
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    return leaf + 0.3 * noise if "norm" in jax.tree_util.keystr(path) else 0.3 * noise
+
+  return jax.tree_util.tree_map_with_path(shake, params)
+
+
+def tokens_of(seed, *shape):
+  return np.random.default_rng([seed, *shape]).integers(0, V, shape).astype(np.int32)
+
+
+def join(params):
+  """All blocks, `[L, ...]`."""
+  blocks, key_layers = params["backbone"]["blocks"], params["key_layers"]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), blocks, key_layers) if key_layers else blocks
+
+
+def split(params, num_key_layers):
+  """The same blocks with another share of key layers."""
+  blocks, cut = join(params), L - num_key_layers
+  key_layers = jax.tree.map(lambda leaf: leaf[cut:], blocks) if num_key_layers else {}
+  backbone = params["backbone"] | {"blocks": jax.tree.map(lambda leaf: leaf[:cut], blocks)}
+  return {"backbone": backbone, "key_layers": key_layers}
+
+
+def logits_in_numpy(arch, params, tokens_BxT):
+  """The whole model, position by position and head by head, in float64."""
+  params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+  width, group = arch.d_model // arch.num_heads, arch.num_heads // arch.num_kv_heads
+
+  def norm(x, scale):
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + arch.norm_epsilon) * scale
+
+  def rotate(x_C, t):  # pairs (x_j, x_{j + C/2}) as complex numbers
+    z = x_C[: width // 2] + 1j * x_C[width // 2 :]
+    z = z * np.exp(1j * t * arch.rope_base ** (-np.arange(width // 2) / (width // 2)))
+    return np.concatenate([z.real, z.imag])
+
+  def attention(h_TxD, block):
+    out_TxD = np.zeros_like(h_TxD)
+    for head in range(arch.num_heads):
+      q, kv = slice(head * width, (head + 1) * width), slice(head // group * width, (head // group + 1) * width)
+      query = np.array([rotate(row, t) for t, row in enumerate(h_TxD @ block["query"]["kernel"][:, q])])
+      key = np.array([rotate(row, t) for t, row in enumerate(h_TxD @ block["key"]["kernel"][:, kv])])
+      value = h_TxD @ block["value"]["kernel"][:, kv]
+      for t in range(len(h_TxD)):
+        raised = np.exp(query[t] @ key[: t + 1].T / math.sqrt(width))
+        out_TxD[t, q] = raised / raised.sum() @ value[: t + 1]
+    return out_TxD @ block["attention_out"]["kernel"]
+
+  blocks, backbone, logits = join(params), params["backbone"], []
+  for tokens in tokens_BxT:
+    x = backbone["embedding"][tokens]
+    for i in range(arch.num_layers):
+      block = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
+      x = x + attention(norm(x, block["attention_norm"]), block)
+      h = norm(x, block["mlp_norm"])
+      gate = h @ block["gate"]["kernel"]
+      x = x + (gate / (1 + np.exp(-gate)) * (h @ block["up"]["kernel"])) @ block["down"]["kernel"]
+    x = norm(x, backbone["final_norm"])
+    logits.append(x @ (backbone["embedding"].T if arch.tied_head else backbone["head"]))
+  return np.array(logits)
+
+
+def nats_in_numpy(logits_BxTxV, targets_BxT):
+  """Cross-entropy of every token in float64, `[B, T]`."""
+  picked = np.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+  return np.log(np.exp(logits_BxTxV).sum(axis=-1)) - picked
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 6, "tied_head": True}, {"num_kv_heads": 1, "key_layer_share": 0}])
+def test_logits_are_those_of_the_equations(changes):
+  arch = small(**changes)
+  params, tokens = start(arch), tokens_of(2, B, T)
+  logits = apply(arch, params, tokens)
+  assert logits.shape == (B, T, V) and logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, logits_in_numpy(arch, params, tokens), atol=2e-4, rtol=1e-4)
+
+
+def test_later_tokens_do_not_touch_earlier_logits():
+  """Law 8, bit by bit."""
+  arch = small()
+  params, tokens = start(arch), tokens_of(2, B, T)
+  before = np.asarray(apply(arch, params, tokens))
+  for t in range(1, T):
+    changed = tokens.copy()
+    changed[:, t:] = (changed[:, t:] + 1 + t) % V
+    after = np.asarray(apply(arch, params, changed))
+    np.testing.assert_array_equal(after[:, :t], before[:, :t])
+    assert np.all(np.any(after[:, t:] != before[:, t:], axis=-1))
+
+
+def test_the_gradient_of_a_loss_with_respect_to_later_tokens_is_exactly_zero():
+  """Law 8: with every token at one position only, an embedding's row is an input's gradient."""
+  arch = small()
+  params = start(arch)
+  tokens, targets = np.arange(T, dtype=np.int32)[None], tokens_of(3, T)
+
+  def losses_T(embedding):
+    changed = params | {"backbone": params["backbone"] | {"embedding": embedding}}
+    logits = model.apply(arch, changed, tokens)[0]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+
+  jacobian_TxVxD = np.asarray(jax.jit(jax.jacrev(losses_T))(params["backbone"]["embedding"]))
+  for t in range(T):
+    np.testing.assert_array_equal(jacobian_TxVxD[t, t + 1 :], np.zeros((V - t - 1, D)))
+    assert np.all(np.any(jacobian_TxVxD[t, : t + 1] != 0, axis=1)), "earlier tokens do matter"
+
+
+def test_any_share_of_key_layers_is_the_same_function():
+  params, tokens = start(small()), tokens_of(2, B, T)
+  expected = apply(small(), params, tokens)
+  for m, share in ((0, 0.0), (2, 0.6)):
+    arch = small(key_layer_share=share)
+    assert arch.num_key_layers == m
+    np.testing.assert_allclose(apply(arch, split(params, m), tokens), expected, atol=1e-5)
+
+
+def test_init_draws_the_same_blocks_for_any_share(rounds):
+  whole = model.init(small(), jax.random.key(3))
+  for m, share in ((0, 0.0), (2, 0.6)):
+    rounds.assert_trees_close(model.init(small(key_layer_share=share), jax.random.key(3)), split(whole, m), atol=0)
+
+
+def test_grouped_queries_are_key_value_heads_repeated():
+  grouped, full = small(), small(num_kv_heads=H)
+  params, tokens = start(grouped), tokens_of(2, B, T)
+  repeated = jax.tree.map(lambda leaf: leaf, params)
+  for blocks in (repeated["backbone"]["blocks"], repeated["key_layers"]):
+    for name in ("key", "value"):
+      kernel = blocks[name]["kernel"]
+      heads = kernel.reshape(*kernel.shape[:2], 3, D // H)
+      blocks[name] = {"kernel": np.repeat(heads, H // 3, axis=2).reshape(*kernel.shape[:2], D)}
+  np.testing.assert_allclose(apply(full, repeated, tokens), apply(grouped, params, tokens), atol=2e-5)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+  rng = np.random.default_rng(5)
+  query, key = (np.broadcast_to(rng.normal(size=(H, 4)), (1, T, H, 4)).astype(np.float32) for _ in range(2))
+  rotated_q, rotated_k = transformer._rotate(query, BASE), transformer._rotate(key, BASE)
+  product = np.einsum("thc,shc->hts", rotated_q[0], rotated_k[0])
+  for t in range(1, T):
+    np.testing.assert_allclose(product[:, t, 1:], product[:, t - 1, :-1], atol=1e-5)
+  assert np.all(np.abs(product[:, 0, 1:] - product[:, 0, :1]) > 1e-3), "positions do matter"
+  np.testing.assert_array_equal(rotated_q[0, 0], query[0, 0])
+  np.testing.assert_allclose(np.linalg.norm(rotated_q, axis=-1), np.linalg.norm(query, axis=-1), rtol=1e-5)
+
+
+def test_recomputing_blocks_changes_neither_loss_nor_gradient(rounds):
+  params, windows, rows = start(small()), tokens_of(2, B, T + 1), np.ones(B, bool)
+  loss, gradient = loss_and_gradient(small(), params, windows, rows)
+  again, recomputed = loss_and_gradient(small(remat=True), params, windows, rows)
+  np.testing.assert_allclose(again, loss, rtol=1e-6)
+  rounds.assert_trees_close(recomputed, gradient, atol=1e-4)
+  jaxpr = lambda arch: str(jax.make_jaxpr(lambda p: model.apply(arch, p, windows))(params))
+  assert "remat" in jaxpr(small(remat=True)) and "remat" not in jaxpr(small())
+
+
+def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
+  arch = small(compute_dtype="bfloat16")
+  params, windows, rows = model.init(arch, jax.random.key(0)), tokens_of(2, B, T + 1), np.ones(B, bool)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+  assert jax.eval_shape(lambda p: model.apply(arch, p, windows), params).dtype == jnp.bfloat16
+  loss, gradient = loss_and_gradient(arch, params, windows, rows)
+  exact, _ = loss_and_gradient(small(), params, windows, rows)
+  assert loss.dtype == jnp.float32 and loss != exact
+  np.testing.assert_allclose(loss, exact, rtol=1e-2)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+
+
+def test_loss_sum_is_the_cross_entropy_of_the_next_token():
+  arch, windows = small(), tokens_of(2, B, T + 1)
+  params = start(arch)
+  expected = nats_in_numpy(logits_in_numpy(arch, params, windows[:, :-1]), windows[:, 1:]).sum(axis=1)
+  for rows in ([True, True], [True, False], [False, True], [False, False]):
+    loss, _ = loss_and_gradient(arch, params, windows, np.array(rows))
+    np.testing.assert_allclose(loss, expected[rows].sum(), rtol=1e-5)
+
+
+def test_windows_that_do_not_count_add_nothing(rounds):
+  arch, windows, rows = small(), tokens_of(2, B, T + 1), np.array([True, False])
+  loss, gradient = loss_and_gradient(arch, start(arch), windows, rows)
+  other = np.concatenate([windows[:1], tokens_of(6, 1, T + 1)])
+  again, same = loss_and_gradient(arch, start(arch), other, rows)
+  assert again == loss
+  rounds.assert_trees_close(same, gradient, atol=0)
+  _, nothing = loss_and_gradient(arch, start(arch), windows, np.array([False, False]))
+  rounds.assert_trees_close(nothing, jax.tree.map(np.zeros_like, nothing), atol=0)
+
+
+def test_a_model_that_knows_nothing_loses_log_v_per_token():
+  arch = small()
+  params = start(arch)
+  params = params | {"backbone": params["backbone"] | {"head": np.zeros((D, V), np.float32)}}
+  loss, _ = loss_and_gradient(arch, params, tokens_of(2, B, T + 1), np.ones(B, bool))
+  np.testing.assert_allclose(loss, B * T * math.log(V), rtol=1e-6)
+
+
+def test_the_tree_of_parameters():
+  def block(layers):
+    kernel = lambda *shape: {"kernel": (layers, *shape)}
+    return {
+      "attention_norm": (layers, 24), "mlp_norm": (layers, 24),
+      "query": kernel(24, 24), "key": kernel(24, 12), "value": kernel(24, 12), "attention_out": kernel(24, 24),
+      "gate": kernel(24, 17), "up": kernel(24, 17), "down": kernel(17, 24),
+    }
+
+  expected = {
+    "backbone": {"embedding": (11, 24), "blocks": block(2), "final_norm": (24,), "head": (24, 11)},
+    "key_layers": block(1),
+  }
+  params = model.init(small(), jax.random.key(0))
+  assert jax.tree.map(jnp.shape, params) == expected
+  abstract = model.abstract_params(small())
+  assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract) == jax.tree.map(lambda p: (p.shape, p.dtype), params)
+  tied = model.abstract_params(small(tied_head=True, key_layer_share=0.0))
+  assert tied["backbone"].keys() == {"embedding", "blocks", "final_norm"} and tied["key_layers"] == {}
+
+
+def test_initial_parameters_have_the_documented_spread():
+  arch = small(d_model=96, d_ff=97, num_heads=2, num_kv_heads=2)
+  params = jax.device_get(model.init(arch, jax.random.key(0)))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path)
+    if "norm" in name:
+      np.testing.assert_array_equal(leaf, np.ones_like(leaf))
+    else:
+      spread = 0.02 / math.sqrt(2 * L) if "attention_out" in name or "down" in name else 0.02
+      np.testing.assert_allclose(leaf.std(), spread, rtol=0.1, err_msg=name)
+      assert abs(leaf.mean()) < 0.2 * spread
+  kernels = join(params)["query"]["kernel"]
+  assert all(np.any(kernels[i] != kernels[j]) for i in range(L) for j in range(i))
+
+
+@pytest.mark.parametrize(("name", "count"), [
+  ("tiny", 431_040),
+  ("75m", 74_128_896),
+  ("125m", 123_685_632),
+  ("400m", 405_324_800),
+  ("1b", 1_047_087_104),
+])
+def test_presets_have_exactly_the_documented_number_of_parameters(name, count):
+  arch = model.architecture(model.PRESETS[name](), 257)
+  d, kv = arch.d_model, arch.d_model // arch.num_heads * arch.num_kv_heads
+  block = 2 * d + 2 * d * d + 2 * d * kv + 3 * d * arch.d_ff
+  embeddings = arch.vocab_size * d * (1 if arch.tied_head else 2)
+  assert trees.num_parameters(model.abstract_params(arch)) == embeddings + arch.num_layers * block + d == count
+  assert arch.vocab_size == (257 if name == "tiny" else 50_432)
+  assert arch.d_model % (2 * arch.num_heads) == arch.num_heads % arch.num_kv_heads == 0

@@ -1,0 +1,81 @@
+"""Where nodes lie: padding, waves, and the rows that a wave takes and puts back, on up to 8 devices."""
+
+import functools
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from worldlm_jax import partition
+
+
+@functools.cache
+def mesh_of(num_devices):
+  return partition.make_mesh(jax.devices()[:num_devices])
+
+
+def test_a_mesh_has_all_devices_on_the_node_axis():
+  assert dict(partition.make_mesh().shape) == {"node": 8}
+  assert dict(mesh_of(3).shape) == {"node": 3}
+
+
+@hypothesis.given(st.integers(0, 97), st.integers(1, 8))
+def test_padded_size_is_the_next_multiple_of_the_devices(num_nodes, num_devices):
+  size = partition.padded_size(num_nodes, mesh_of(num_devices))
+  assert size % num_devices == 0 and num_nodes <= size < num_nodes + num_devices
+
+
+def test_ghosts_are_zeros_behind_the_nodes():
+  array = np.arange(1, 16).reshape(5, 3)
+  padded = partition.pad_nodes(array, mesh_of(4))
+  assert padded.dtype == array.dtype
+  np.testing.assert_array_equal(padded, np.concatenate([array, np.zeros((3, 3), int)]))
+  np.testing.assert_array_equal(partition.pad_nodes(array, mesh_of(5)), array)
+  assert partition.pad_nodes(np.array([True]), mesh_of(2)).tolist() == [True, False]
+
+
+@hypothesis.given(st.integers(1, 13), st.integers(1, 17), st.integers(1, 8))
+def test_waves_cover_every_row_exactly_once_as_new(share, size, num_devices):
+  num_rows = share * num_devices
+  seen = []
+  for start, rows, new in partition.waves(num_rows, size, mesh_of(num_devices)):
+    per_device = min(size, share)
+    assert rows.shape == new.shape == (num_devices * per_device,), "all waves have one shape"
+    expected = [share * device + start + i for device in range(num_devices) for i in range(per_device)]
+    assert rows.tolist() == expected
+    assert new.dtype == bool
+    seen += rows[new].tolist()
+  assert sorted(seen) == list(range(num_rows))
+
+
+@pytest.mark.parametrize("num_devices", [1, 3, 8])
+def test_a_wave_takes_its_rows_and_puts_them_back(num_devices):
+  mesh, share, size = mesh_of(num_devices), 5, 2
+  num_rows = share * num_devices
+  tree = {"x": np.arange(num_rows * 3, dtype=np.float32).reshape(num_rows, 3), "n": np.arange(num_rows, dtype=np.int32)}
+  placed = jax.device_put(tree, partition.node_sharding(mesh))
+  take = jax.jit(functools.partial(partition.take_wave, size=size, mesh=mesh))
+  put = jax.jit(functools.partial(partition.put_wave, mesh=mesh))
+  counted = placed
+  for start, rows, new in partition.waves(num_rows, size, mesh):
+    wave = take(placed, np.int32(start))
+    jax.tree.map(lambda found, whole, rows=rows: np.testing.assert_array_equal(found, whole[rows]), wave, tree)
+    jax.tree.map(np.testing.assert_array_equal, put(placed, wave, np.int32(start)), tree)
+    now = take(counted, np.int32(start))
+    counted = put(counted, now | {"n": now["n"] + 1000 * new.astype(np.int32)}, np.int32(start))
+    assert counted["x"].sharding.is_equivalent_to(partition.node_sharding(mesh), 2)
+  jax.tree.map(np.testing.assert_array_equal, counted, tree | {"n": tree["n"] + 1000})
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_each_device_works_on_its_own_share(num_devices):
+  mesh = mesh_of(num_devices)
+  found = jax.jit(partition.per_device(lambda x: x - x.sum(keepdims=True), mesh))(np.arange(12))
+  shares = np.arange(12).reshape(num_devices, -1)
+  np.testing.assert_array_equal(found, (shares - shares.sum(axis=1, keepdims=True)).ravel())
+
+
+def test_on_cpus_one_node_trains_at_a_time():
+  assert partition.choose_nodes_at_once(97, {"x": np.ones(3)}, mesh_of(8)) == 1
