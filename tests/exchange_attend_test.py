@@ -4,6 +4,7 @@ Shapes: S = 5 candidates, M = 3 layers, T = 2 tensors of a block.
 """
 
 import functools
+import itertools
 import math
 
 import hypothesis
@@ -107,7 +108,8 @@ def test_each_similarity_is_its_equation_in_each_unit(similarity, granularity):
 
 def test_scores_take_no_notice_of_what_absent_candidates_hold():
   own, candidates = draw(1), draw(4, S)
-  scores = parameter_scores("param_cosine", "tensor", own, None, with_nan_where_absent(candidates, SOME_THERE), SOME_THERE)
+  there = with_nan_where_absent(candidates, SOME_THERE)
+  scores = parameter_scores("param_cosine", "tensor", own, None, there, SOME_THERE)
   full = scores_in_numpy("param_cosine", "tensor", own, None, candidates)
   np.testing.assert_allclose(scores, np.where(SOME_THERE, full, 0), atol=1e-6)
 
@@ -159,7 +161,8 @@ def test_loss_scores_put_one_unit_in_the_place_of_ones_own(granularity):
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(
-  st.integers(0, 2**15 - 1), st.integers(0, 2**32), st.sampled_from([0.0, 1e-3, 0.1, 1.0, 31.0, math.inf]), st.booleans()
+  st.integers(0, 2**15 - 1), st.integers(0, 2**32),
+  st.sampled_from([0.0, 1e-3, 0.1, 1.0, 31.0, math.inf]), st.booleans(),
 )
 def test_weights_sum_to_one_over_what_is_there(bits, seed, temperature, nan_where_absent):
   """Law 3."""
@@ -265,7 +268,8 @@ def test_permuting_candidates_permutes_the_weights_and_keeps_the_result(temperat
   own, candidates, prior = draw(1), draw(4, S), np.array([3, 5, 2, 7, 11], np.float32)
   order = np.array([3, 0, 4, 2, 1])
   weights, mixed = attend_layers(own, candidates, SOME_THERE, prior, temperature)
-  permuted, again = attend_layers(own, each(lambda leaf: leaf[order], candidates), SOME_THERE[order], prior[order], temperature)
+  reordered = each(lambda leaf: leaf[order], candidates)
+  permuted, again = attend_layers(own, reordered, SOME_THERE[order], prior[order], temperature)
   np.testing.assert_allclose(permuted, np.asarray(weights)[:, order], atol=1e-6)
   for name in SHAPES:
     np.testing.assert_allclose(again[name], mixed[name], atol=1e-6)
@@ -359,7 +363,8 @@ def test_an_aligned_update_adds_its_strength_beyond_the_threshold():
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(
   seed=st.integers(0, 2**32), pull=st.floats(-2, 2), scale=st.sampled_from([1e-6, 1e-2, 1.0, 1e3]),
-  strength=st.floats(0, 5), threshold=st.floats(0, 0.99), norm_cap=st.floats(0, 3), granularity=st.sampled_from(GRANULARITIES),
+  strength=st.floats(0, 5), threshold=st.floats(0, 0.99), norm_cap=st.floats(0, 3),
+  granularity=st.sampled_from(GRANULARITIES),
 )
 def test_the_step_is_never_longer_than_the_cap(seed, pull, scale, strength, threshold, norm_cap, granularity):
   update = each(lambda leaf: np.float32(scale) * leaf, draw(seed))
@@ -368,7 +373,7 @@ def test_the_step_is_never_longer_than_the_cap(seed, pull, scale, strength, thre
     update, candidates, granularity=granularity, strength=strength, threshold=threshold, norm_cap=norm_cap
   )
   before, after = units(update, granularity), units(each(np.add, update, addition), granularity)
-  for own, moved in zip(sum(before, []), sum(after, []), strict=True):
+  for own, moved in zip(itertools.chain(*before), itertools.chain(*after), strict=True):
     assert np.linalg.norm(moved) <= (norm_cap + 1e-5) * np.linalg.norm(own)
   assert np.all((np.asarray(weights) > 0) <= (np.asarray(cosines) > threshold))
 
@@ -390,10 +395,11 @@ def test_a_node_without_an_update_follows_the_weighted_mean():
   shares = SOME_THERE * prior[:, None]
   shares = shares / shares.sum(axis=0)
   np.testing.assert_allclose(weights[0], shares, atol=1e-6)
-  np.testing.assert_array_equal(cosines, np.zeros((1, S, M)))
+  mean = each(lambda leaf: np.einsum("sm,sm...->m...", shares, leaf), candidates)
   for name in SHAPES:
-    expected = np.einsum("sm,sm...->m...", shares, candidates[name])
-    np.testing.assert_allclose(addition[name], expected, atol=1e-6)
+    np.testing.assert_allclose(addition[name], mean[name], atol=1e-6)
+  similar = scores_in_numpy("param_cosine", "layer", mean, None, candidates)
+  np.testing.assert_allclose(cosines, SOME_THERE * similar, atol=1e-6)
 
 
 def test_permuting_the_others_keeps_the_addition():

@@ -60,7 +60,8 @@ def test_members_of_weight_zero_do_not_count_whatever_they_hold(rounds):
   federations, members, none = draw(1, P), draw(2, C), np.zeros(P, np.float32)
   clean = mean_difference(federations, members, PARENT, WEIGHTS, none)
   for poison in (np.nan, np.inf):
-    poisoned = jax.tree.map(lambda leaf, poison=poison: np.concatenate([leaf[:2], leaf[2:3] * poison, leaf[3:]]), members)
+    factor = np.array([1, 1, poison, 1, 1], np.float32)
+    poisoned = jax.tree.map(lambda leaf, f=factor: leaf * f.reshape(C, *[1] * (leaf.ndim - 1)), members)
     close(rounds, mean_difference(federations, poisoned, PARENT, WEIGHTS, none), clean, atol=0)
 
 
@@ -100,7 +101,7 @@ def test_sgd_at_rate_one_is_the_plain_weighted_mean(rounds):
     federations, difference
   )
   for p in (0, 1):
-    mine = PARENT == p
+    mine = np.flatnonzero(p == PARENT)
     expected = jax.tree.map(lambda leaf, mine=mine: np.average(leaf[mine], axis=0, weights=WEIGHTS[mine]), members)
     close(rounds, jax.tree.map(lambda leaf, p=p: leaf[p], found), expected)
   for after, before in zip(jax.tree.leaves(found), jax.tree.leaves(federations), strict=True):

@@ -13,9 +13,10 @@ from hypothesis import given, settings, strategies as st
 from worldlm_jax import config as c, federation as f
 
 TEXT = c.TextFolder("unread")
+Overrides = dict[str, dict[str, Any]]
 
 
-def _resolve(root: c.Node | None = None, overrides: dict[str, dict[str, Any]] | None = None, **where: str) -> f.Federation:
+def _resolve(root: c.Node | None = None, overrides: Overrides | None = None, **where: str) -> f.Federation:
   return f.resolve(c.Config(federation=c.FederationConfig(root=root, overrides=overrides or {}, **where)))
 
 
@@ -142,26 +143,24 @@ def test_values_take_the_type_of_their_field(value: Any, kind: type) -> None:
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), [
-  ("local_steps", "2.5", "a whole number"), ("local_steps", 2.5, "a whole number"), ("local_steps", True, "a whole number"),
-  ("local_steps", "inf", "a whole number"), ("local_steps", math.inf, "a whole number"), ("local_steps", None, "a whole number"),
+  *(("local_steps", value, "a whole number") for value in ("2.5", 2.5, True, "inf", math.inf, None)),
   ("learning_rate", "fast", "a number"), ("learning_rate", "nan", "a number"), ("learning_rate", [1.0], "a number"),
   ("acceptance", 3, "a word"),
 ])
 def test_values_of_the_wrong_type_are_refused(name: str, value: Any, expected: str) -> None:
-  root = c.Node("world", None, [c.Node("law", TEXT, settings={name: value})])
-  with pytest.raises(ValueError, match=f"^{re.escape(f'node {"law"!r}: {name}={value!r}: expected {expected}')}$"):
-    _resolve(root)
+  with pytest.raises(ValueError, match=f"^node 'law': {name}={re.escape(repr(value))}: expected {expected}$"):
+    _resolve(c.Node("world", None, [c.Node("law", TEXT, settings={name: value})]))
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
   ({"law/eu": {"local_step": "3"}}, "node 'law/eu': setting='local_step': expected one of 'local_steps', .*; "
                                     "did you mean 'local_steps'"),
-  ({"law/ue": {"local_steps": "3"}}, "node='law/ue': expected the path of a node of the tree; did you mean 'law/eu'"),
+  ({"law/eur": {"local_steps": "3"}}, "node='law/eur': expected the path of a node of the tree; did you mean 'law/eu'"),
   ({"xyz": {"local_steps": "3"}}, r"node='xyz': expected the path of a node of the tree; the root is '\.'"),
   ({"law/eu": {"local_steps": "-3"}}, "node 'law/eu': local_steps=-3: expected at least 0"),
   ({"law": {"acceptance": "valid"}}, "node 'law': acceptance='valid': .* did you mean 'validated'"),
 ])
-def test_overrides_that_fit_nothing_are_refused(overrides: dict[str, dict[str, Any]], message: str) -> None:
+def test_overrides_that_fit_nothing_are_refused(overrides: Overrides, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     _resolve(_ragged(), overrides)
 
@@ -176,8 +175,7 @@ def test_parse_override(text: str, parsed: tuple[str, str, str]) -> None:
 
 @pytest.mark.parametrize("text", ["", "law", "law.local_steps", "local_steps=3", ".local_steps=3", "law.=3", "law=a.b"])
 def test_overrides_of_another_form_are_refused(text: str) -> None:
-  with pytest.raises(ValueError, match=re.escape(f"--node={text!r}: expected PATH.FIELD=VALUE, such as "
-                                                 "law/eu.local_steps=20 ('..local_steps=5' for the root)"[:-27])):
+  with pytest.raises(ValueError, match=re.escape(f"--node={text!r}: expected PATH.FIELD=VALUE, such as law/eu.local_")):
     f.parse_override(text)
 
 
@@ -188,7 +186,7 @@ def test_a_node_without_children_needs_data() -> None:
 
 
 @pytest.mark.parametrize(("name", "expected"), [
-  ("a/b", "a name without '/'"), ("", "a name without '/', not empty"), (".", "a name without"), ("..", "a name without"),
+  *((name, "a name without '/', not empty, '.' or '..'; ") for name in ("a/b", "", ".", "..")),
   ("eu", "a name that no sibling has; rename one of the two"),
 ])
 def test_names_that_make_no_path_are_refused(name: str, expected: str) -> None:
@@ -246,8 +244,8 @@ def test_linked_folders_are_named_by_the_link(tmp_path: Path) -> None:
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
   (tmp_path / "law" / "eu").mkdir(parents=True)
-  with pytest.raises(ValueError, match=r"federation\.folder='.*law/eu': expected a folder that holds \.txt files or folders "
-                                       r"of them; add train\.txt, valid\.txt and test\.txt .*, or remove the folder"):
+  with pytest.raises(ValueError, match=r"federation\.folder='.*law/eu': expected a folder that holds \.txt files or "
+                                       r"folders of them; add train\.txt, valid\.txt and test\.txt .*, or remove"):
     _folders(tmp_path, "med/a.txt")
 
 
@@ -281,7 +279,7 @@ def test_an_error_of_reading_a_folder_is_explained(tmp_path: Path, monkeypatch: 
     return scandir(path)
 
   monkeypatch.setattr(os, "scandir", failing)
-  with pytest.raises(ValueError, match=r"federation\.folder: .*law cannot be read \(Permission denied\); make it readable"):
+  with pytest.raises(ValueError, match=r"federation\.folder: .*law cannot be read \(Permission denied\); make it"):
     _resolve(folder=str(tmp_path))
 
 
@@ -316,17 +314,17 @@ children:
 @pytest.mark.parametrize(("text", "message"), [
   ("", "tree.yaml: root=None: expected a mapping with the keys name, data, settings, children"),
   ("- name: a", r"tree.yaml: root=\[{'name': 'a'}\]: expected a mapping"),
-  ("{name: w, childrn: []}", "tree.yaml: root: key='childrn': expected one of 'name', .*; did you mean 'children'"),
+  ("{name: w, childrn: []}", "tree.yaml: root: key='childrn': .* 'name', .*; did you mean 'children'"),
   ("{children: []}", "tree.yaml: root: name=None: expected a name"),
   ("{name: w, children: [{data: {text: x}}]}", "tree.yaml: root / w: name=None: expected a name"),
   ("{name: w, children: {name: a}}", "tree.yaml: root / w: children={'name': 'a'}: expected a list of nodes"),
   ("{name: w, children: [a]}", "tree.yaml: root / w='a': expected a mapping"),
   ("{name: w, settings: [1]}", r"tree.yaml: root / w: settings=\[1\]: expected a mapping of settings"),
-  ("{name: w, data: {txt: x}}", "tree.yaml: root / w: data='txt': expected one of 'text', 'stdlib'; did you mean 'text'"),
+  ("{name: w, data: {txt: x}}", "tree.yaml: root / w: data='txt': .* 'text', 'stdlib'; did you mean 'text'"),
   ("{name: w, data: x}", "tree.yaml: root / w: data='x': expected {text: FOLDER} or {stdlib: FAMILY}"),
   ("{name: w, data: {text: x, stdlib: y}}", "tree.yaml: root / w: data={.*}: expected {text: FOLDER} or"),
   ("{name: w, data: {text: 3}}", "tree.yaml: root / w: data={'text': 3}: expected {text: FOLDER} or"),
-  ("{name: w, data: {stdlib: [code]}}", r"tree.yaml: root / w: data={'stdlib': \['code'\]}: expected {text: FOLDER} or"),
+  ("{name: w, data: {stdlib: [code]}}", r"tree.yaml: root / w: data={'stdlib': \['code'\]}: expected {text: FOLDER}"),
   ("{name: w, data: {text: x}, settings: {steps: 3}}", "node '.': setting='steps': expected one of 'local_steps'"),
   ("{name: w, children: [{name: a/b, data: {text: x}}]}", "child 0 of node '.': name='a/b': .* rename the node"),
   ("name: [", r"config.federation.yaml='.*tree.yaml': expected a readable YAML file; .*line 1"),

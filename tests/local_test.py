@@ -16,14 +16,24 @@ from worldlm_jax import local, model, partition
 from worldlm_jax.config import ModelConfig, NodeSettings, OptimizerConfig
 
 S, B, W, VOCAB = 5, 4, 8, 11
-# A large epsilon keeps Adam from blowing rounding errors of tiny gradients up to whole steps.
-ADAMW = OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3)
 ARCH = model.architecture(
   ModelConfig(num_layers=2, d_model=12, num_heads=3, num_kv_heads=1, d_ff=17, key_layer_share=0.0), VOCAB
 )
 RATES = np.array([0.02, 0.05, 0.03, 0.01, 0.04], np.float32)
 
-train = functools.partial(jax.jit, static_argnums=(0, 1))(local.train_node)
+
+def config_of(**options):
+  # A large epsilon keeps Adam from blowing rounding errors of tiny gradients up to whole steps.
+  return OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3, **options)
+
+
+@functools.cache
+def compiled(**options):
+  return jax.jit(functools.partial(local.train_node, ARCH, config_of(**options)))
+
+
+def train(params, opt_state, work, **options):
+  return compiled(**options)(params, opt_state, work)
 
 
 @functools.cache
@@ -39,8 +49,9 @@ def work_of(seed=0, steps=S, batch_size=3, weight_decay=0.3, clip_norm=0.5):
   )
 
 
-def fresh(config=ADAMW):
-  return local.optimizer(config).init(start())
+@functools.cache
+def fresh(**options):
+  return local.optimizer(config_of(**options)).init(start())
 
 
 @functools.cache
@@ -86,7 +97,7 @@ def test_train_node_is_adamw_with_clipping(rounds):
   expected, losses = loop_by_hand(adamw_by_hand(work), start(), work)
   norms = [optax.tree.norm(gradient_by_hand()(start(), work.windows[s, :3])[1]) for s in range(S)]
   assert max(norms) > work.clip_norm, "the clip matters"
-  trained = train(ARCH, ADAMW, start(), fresh(), work)
+  trained = train(start(), fresh(), work)
   rounds.assert_trees_close(trained.params, expected, atol=1e-5)
   np.testing.assert_allclose(trained.losses, losses, atol=1e-5)
   assert trained.losses.dtype == jnp.float32 and trained.steps == S
@@ -95,8 +106,7 @@ def test_train_node_is_adamw_with_clipping(rounds):
 def test_train_node_with_sgd_and_no_clip(rounds):
   work = work_of(weight_decay=7.0, clip_norm=math.inf)  # SGD knows no weight decay
   expected, losses = loop_by_hand(optax.sgd(lambda count: jnp.asarray(RATES)[count]), start(), work)
-  sgd = OptimizerConfig(name="sgd")
-  trained = train(ARCH, sgd, start(), fresh(sgd), work)
+  trained = train(start(), fresh(name="sgd"), work, name="sgd")
   rounds.assert_trees_close(trained.params, expected, atol=1e-5)
   np.testing.assert_allclose(trained.losses, losses, atol=1e-5)
 
@@ -104,22 +114,21 @@ def test_train_node_with_sgd_and_no_clip(rounds):
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_gradients_of_microbatches_add_up_to_that_of_the_batch(rounds, batch_size):
   work = work_of(batch_size=batch_size)
-  whole = train(ARCH, ADAMW, start(), fresh(), work)
-  config = OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3, microbatch_size=2)
-  parts = train(ARCH, config, start(), fresh(), work)
+  whole = train(start(), fresh(), work)
+  parts = train(start(), fresh(), work, microbatch_size=2)
   rounds.assert_trees_close(parts.params, whole.params, atol=1e-5)
   np.testing.assert_allclose(parts.losses, whole.losses, atol=1e-5)
 
 
 def test_places_beyond_the_steps_and_the_batch_size_are_ignored(rounds):
   work = work_of(steps=3)
-  trained = train(ARCH, ADAMW, start(), fresh(), work)
+  trained = train(start(), fresh(), work)
   assert trained.steps == 3
   np.testing.assert_array_equal(np.isnan(trained.losses), [False] * 3 + [True] * 2)
   other = np.array(work_of(seed=1).windows)
   other[:3, :3] = work.windows[:3, :3]
   rates = np.where(np.arange(S) < 3, RATES, np.nan).astype(np.float32)
-  again = train(ARCH, ADAMW, start(), fresh(), work._replace(windows=other, learning_rates=rates))
+  again = train(start(), fresh(), work._replace(windows=other, learning_rates=rates))
   rounds.assert_trees_close(again.params, trained.params, atol=0)
   expected, losses = loop_by_hand(adamw_by_hand(work), start(), work)
   rounds.assert_trees_close(trained.params, expected, atol=1e-5)
@@ -127,34 +136,33 @@ def test_places_beyond_the_steps_and_the_batch_size_are_ignored(rounds):
 
 
 def test_without_steps_everything_stays(rounds):
-  state = train(ARCH, ADAMW, start(), fresh(), work_of()).opt_state
-  for config in (ADAMW, OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3, moments="reset")):
-    trained = train(ARCH, config, start(), state, work_of(steps=0))
+  state = train(start(), fresh(), work_of()).opt_state
+  for moments in ("keep", "reset"):
+    trained = train(start(), state, work_of(steps=0), moments=moments)
     rounds.assert_trees_close(trained.params, start(), atol=0)
     rounds.assert_trees_close(trained.opt_state, state, atol=0)
     assert trained.steps == 0 and np.all(np.isnan(trained.losses))
 
 
 def test_kept_moments_continue_and_reset_ones_begin_anew(rounds):
-  whole = train(ARCH, ADAMW, start(), fresh(), work_of())
-  first = train(ARCH, ADAMW, start(), fresh(), work_of(steps=2))
+  whole = train(start(), fresh(), work_of())
+  first = train(start(), fresh(), work_of(steps=2))
   rest = jax.tree.map(lambda leaf: np.roll(leaf, -2, axis=0), work_of()[:2])
   second = work_of(steps=3)._replace(windows=rest[0], learning_rates=rest[1])
-  kept = train(ARCH, ADAMW, first.params, first.opt_state, second)
+  kept = train(first.params, first.opt_state, second)
   rounds.assert_trees_close((kept.params, kept.opt_state), (whole.params, whole.opt_state), atol=1e-6)
-  reset = OptimizerConfig(b1=0.8, b2=0.9, epsilon=1e-3, moments="reset")
-  anew = train(ARCH, reset, first.params, first.opt_state, second)
-  expected = train(ARCH, ADAMW, first.params, fresh(), second)
+  anew = train(first.params, first.opt_state, second, moments="reset")
+  expected = train(first.params, fresh(), second)
   rounds.assert_trees_close((anew.params, anew.opt_state), (expected.params, expected.opt_state), atol=1e-6)
   assert np.abs(anew.params["backbone"]["embedding"] - kept.params["backbone"]["embedding"]).max() > 1e-3
 
 
 def test_training_stops_before_a_loss_that_is_not_finite(rounds):
-  good = train(ARCH, ADAMW, start(), fresh(), work_of(steps=2))
+  good = train(start(), fresh(), work_of(steps=2))
   work = work_of()
   windows = np.array(work.windows)
   windows[2, 0, -1] = VOCAB  # no such token: its loss is nan
-  trained = train(ARCH, ADAMW, start(), fresh(), work._replace(windows=windows))
+  trained = train(start(), fresh(), work._replace(windows=windows))
   assert trained.steps == 2
   np.testing.assert_array_equal(np.isfinite(trained.losses), [True, True, False, False, False])
   rounds.assert_trees_close((trained.params, trained.opt_state), (good.params, good.opt_state), atol=0)
@@ -167,7 +175,7 @@ def test_training_stops_before_a_gradient_that_is_not_finite(rounds, monkeypatch
     return loss_sum(arch, params, windows, rows) + jnp.sqrt(0 * jnp.sum(params["backbone"]["final_norm"]))
 
   monkeypatch.setattr(model, "loss_sum", with_steep_corner)
-  trained = jax.jit(functools.partial(local.train_node, ARCH, ADAMW))(start(), fresh(), work_of())
+  trained = jax.jit(functools.partial(local.train_node, ARCH, config_of()))(start(), fresh(), work_of())
   assert trained.steps == 0
   np.testing.assert_array_equal(np.isfinite(trained.losses), [True, False, False, False, False])
   rounds.assert_trees_close(trained.params, start(), atol=0)
@@ -175,8 +183,8 @@ def test_training_stops_before_a_gradient_that_is_not_finite(rounds, monkeypatch
 
 def test_norms_have_no_weight_decay():
   nothing = jax.tree.map(jnp.zeros_like, start())
-  tx = local.optimizer(ADAMW, jnp.float32(1.0), jnp.float32(0.3))
-  updates, _ = tx.update(nothing, tx.init(start()), start())
+  tx = local.optimizer(config_of(), 1.0, 0.3)
+  updates, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p))(nothing, start())
   for (path, update), leaf in zip(
     jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(start()), strict=True
   ):
@@ -186,15 +194,16 @@ def test_norms_have_no_weight_decay():
 
 
 def test_nodes_side_by_side_train_as_each_alone(rounds):
-  works = [work_of(0), work_of(1, steps=0), work_of(2, steps=3, batch_size=1, clip_norm=0.1), work_of(3, batch_size=4)]
+  short = work_of(2, steps=3, batch_size=1, clip_norm=0.1)
+  works = [work_of(0), work_of(1, steps=0), short, work_of(3, batch_size=4)]
   stack = lambda *leaves: np.stack(leaves)
   stacked = lambda tree: jax.tree.map(lambda leaf: np.stack([leaf] * 4), tree)
   mesh = partition.make_mesh(jax.devices()[:2])
-  together = jax.jit(functools.partial(local.train_nodes, ARCH, ADAMW, mesh))(
+  together = jax.jit(functools.partial(local.train_nodes, ARCH, config_of(), mesh))(
     stacked(start()), stacked(fresh()), jax.tree.map(stack, *works)
   )
   for n, work in enumerate(works):
-    alone = train(ARCH, ADAMW, start(), fresh(), work)
+    alone = train(start(), fresh(), work)
     rounds.assert_trees_close(jax.tree.map(lambda leaf, n=n: leaf[n], together), alone, atol=1e-5)
 
 

@@ -28,7 +28,9 @@ def test_different_names_give_different_integers(a, b):
   assert 0 <= rngs.stable_int(*a) < 2**31
 
 
-@pytest.mark.parametrize(("a", "b"), [((1,), ("1",)), (("a", "b"), ("b", "a")), (("a", "b"), ("ab",)), ((12, 3), (1, 23))])
+@pytest.mark.parametrize(("a", "b"), [
+  ((1,), ("1",)), (("a", "b"), ("b", "a")), (("a", "b"), ("ab",)), ((12, 3), (1, 23)),
+])
 def test_type_order_and_boundaries_of_the_parts_matter(a, b):
   assert rngs.stable_int(*a) != rngs.stable_int(*b)
 

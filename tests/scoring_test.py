@@ -74,7 +74,8 @@ def test_mean_loss_is_over_the_first_windows():
   windows, params = windows_of(E), params_of(0)
   mean_loss = jax.jit(functools.partial(scoring.mean_loss, ARCH))
   for count in (1, 2, 3):
-    np.testing.assert_allclose(mean_loss(params, windows, np.int32(count)), nats(params, windows)[:count].mean(), rtol=1e-5)
+    expected = nats(params, windows)[:count].mean()
+    np.testing.assert_allclose(mean_loss(params, windows, np.int32(count)), expected, rtol=1e-5)
   assert mean_loss(params, windows, np.int32(0)) == 0
 
 

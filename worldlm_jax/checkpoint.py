@@ -86,8 +86,8 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
         shutil.move(self.folder / str(number), target)
+        self._manager.reload()
         say(f"checkpoint {number} is damaged ({reason}); moved to {target}, falling back to the one before it")
-    self._manager.reload()
     checks.require(not numbers, "checkpoints", str(self.folder), "at least one that is intact",
                    "start afresh with --overwrite")
     return None

@@ -1,0 +1,279 @@
+"""Law 10 and what a run survives: kills, signals, damaged checkpoints, a full disk."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worldlm_jax import checkpoint, config as config_lib, metrics, progress, train
+
+ROUNDS = 3
+
+# Runs a tiny federation to its end and prints a digest of every array of the final state. KILL names the
+# place where the process kills itself, so that nothing can clean up.
+DRIVER = """
+import hashlib, os, signal, sys
+sys.path.insert(0, {tests!r})
+import train_test
+from worldlm_jax import checkpoint, engine, train
+import jax, numpy as np
+
+place, count = os.environ.get("KILL", "never:0").split(":")
+left = int(count)
+
+def die_at(owner, method, when, after):
+  real = getattr(owner, method)
+  def patched(self, *args, **kwargs):
+    global left
+    hit = when(self, args)
+    left -= hit
+    if hit and left == 0 and not after:
+      os.kill(os.getpid(), signal.SIGKILL)
+    result = real(self, *args, **kwargs)
+    if hit and left == 0:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return result
+  setattr(owner, method, patched)
+
+if place == "training":  # the first waves of a level are trained, the others are not
+  die_at(engine.Engine, "_call", lambda self, args: args[0][0] == "put", after=True)
+elif place == "phases":
+  die_at(train._Run, "_up", lambda self, args: True, after=False)
+elif place == "saving":  # the arrays are copied, their files are being written
+  die_at(checkpoint.Checkpoints, "save", lambda self, args: True, after=True)
+elif place == "records":  # the rows of the round are written, its checkpoint is not
+  die_at(train._Run, "_save", lambda self, args: True, after=False)
+
+def summary(self, real=train._Run._summary):
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(self.state):
+    digest.update(np.asarray(leaf).tobytes())
+  print("digest", digest.hexdigest(), flush=True)
+  return real(self)
+
+train._Run._summary = summary
+train.run(train_test.tiny_run(os.environ["TEXTS"], os.environ["SCHEDULE"]), os.environ["WORKDIR"])
+"""
+
+
+def write_texts(folder: Path) -> Path:
+  """A tree of three levels with text at the root, at an inner node and at the leaves."""
+  words = [w * n for w in ("lo", "re", "mi", "psu", "dol ") for n in (1, 2)]
+  for path in ("", "a", "a/p", "a/q", "b/r", "b/s"):
+    (folder / path).mkdir(parents=True, exist_ok=True)
+    draw = random.Random("text of " + path)
+    for split, size in (("train", 900), ("valid", 90), ("test", 90)):
+      (folder / path / f"{split}.txt").write_text(" ".join(draw.choice(words) for _ in range(size)))
+  return folder
+
+
+def tiny_run(texts: str, schedule: str = "parallel") -> config_lib.Config:
+  """Three rounds of two steps on `write_texts`' tree."""
+  return config_lib.Config(
+    rounds=ROUNDS, schedule=schedule, federation=config_lib.FederationConfig(folder=texts),
+    node=config_lib.NodeSettings(local_steps=2, batch_size=3, warmup_steps=1),
+    model=config_lib.ModelConfig(num_layers=3, d_model=12, num_heads=3, num_kv_heads=1, d_ff=17, key_layer_share=0.6),
+    data=config_lib.DataConfig(sequence_length=13),
+    evaluation=config_lib.EvaluationConfig(valid_windows=3, test_windows=5),
+  )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> str:
+  return str(write_texts(tmp_path_factory.mktemp("texts")))
+
+
+def drive(texts: str, workdir: Path, schedule: str = "parallel", kill: str = "never:0") -> subprocess.CompletedProcess:
+  driver = DRIVER.format(tests=str(Path(__file__).parent))
+  environment = os.environ | {"TEXTS": texts, "WORKDIR": str(workdir), "SCHEDULE": schedule, "KILL": kill,
+                              "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  return subprocess.run([sys.executable, "-c", driver], capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def unbroken(texts, tmp_path_factory):
+  """The digest, metrics and summary of runs that nothing disturbed, by schedule."""
+  results = {}
+  for schedule in ("parallel", "sequential"):
+    workdir = tmp_path_factory.mktemp("unbroken") / schedule
+    process = drive(texts, workdir, schedule)
+    assert process.returncode == 0, process.stderr
+    results[schedule] = outcome(process, workdir)
+  return results
+
+
+def outcome(process: subprocess.CompletedProcess, workdir: Path):
+  summary = json.loads((workdir / "summary.json").read_text())
+  del summary["seconds"]
+  return process.stdout.split("digest ")[1].split()[0], (workdir / "metrics.jsonl").read_text(), summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "kill"), [
+  ("parallel", "training:5"), ("parallel", "training:10"), ("parallel", "phases:3"), ("parallel", "saving:1"),
+  ("parallel", "saving:3"), ("parallel", "records:2"), ("sequential", "phases:4"),
+])
+def test_killed_and_resumed_ends_in_the_same_bits(texts, unbroken, tmp_path, schedule, kill):
+  workdir = tmp_path / "run"
+  process = drive(texts, workdir, schedule, kill)
+  assert process.returncode == -signal.SIGKILL, process.stderr
+  assert not (workdir / "summary.json").exists()
+  process = drive(texts, workdir, schedule)
+  assert process.returncode == 0, process.stderr
+  assert outcome(process, workdir) == unbroken[schedule]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_within_the_round_and_the_rest_is_the_same(texts, unbroken, tmp_path):
+  workdir = tmp_path / "run"
+  flags = [f"--{line}" for line in flag_lines(texts)]
+  command = [sys.executable, "-m", "worldlm_jax.main", "--config=configs/folder.py", f"--workdir={workdir}", *flags]
+  environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONUNBUFFERED": "1"}
+  root = Path(__file__).parent.parent
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root)
+  try:
+    while not (workdir / "checkpoints").exists():
+      assert process.poll() is None, process.stderr.read()
+      time.sleep(0.05)
+    time.sleep(2.0)  # in the middle of the first round, which compiles
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+  finally:
+    process.kill()
+  assert process.returncode == 75, error
+  assert "stopped by SIGTERM" in error and "run the same command again to resume" in error
+  saved = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+  assert len(saved) == 1 and saved[0] % train.PLACES_PER_ROUND > 0  # between two phases of a round
+  process = drive(texts, workdir)
+  assert process.returncode == 0, process.stderr
+  assert outcome(process, workdir) == unbroken["parallel"]
+
+
+def flag_lines(texts: str) -> list[str]:
+  """`tiny_run` as flags on top of configs/folder.py."""
+  return [
+    f"config.federation.folder={texts}", f"config.rounds={ROUNDS}", "config.node.local_steps=2",
+    "config.node.batch_size=3", "config.node.warmup_steps=1", "config.model.num_layers=3", "config.model.d_model=12",
+    "config.model.num_heads=3", "config.model.num_kv_heads=1", "config.model.d_ff=17",
+    "config.model.key_layer_share=0.6", "config.data.sequence_length=13", "config.evaluation.valid_windows=3",
+    "config.evaluation.test_windows=5",
+  ]
+
+
+class Listener(progress.Silent):
+  """Keeps the messages."""
+
+  def __init__(self):
+    self.messages = []
+
+  def message(self, text):
+    self.messages.append(text)
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  train.run(tiny_run(texts), workdir)
+  return workdir
+
+
+def stop_before_the_last_round(finished: Path, workdir: Path) -> None:
+  """A copy of a finished run without what its last round left."""
+  shutil.copytree(finished, workdir)
+  (workdir / "summary.json").unlink()
+  shutil.rmtree(workdir / "checkpoints" / str(ROUNDS * train.PLACES_PER_ROUND))
+
+
+def largest_file(folder: Path) -> Path:
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "missing"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(texts, finished, tmp_path, damage):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  (workdir / "summary.json").unlink()
+  newest = workdir / "checkpoints" / str(ROUNDS * train.PLACES_PER_ROUND)
+  victim = largest_file(newest)
+  content = bytearray(victim.read_bytes())
+  if damage == "flipped bit":
+    content[len(content) // 2] ^= 8
+    victim.write_bytes(content)
+  elif damage == "cut short":
+    victim.write_bytes(content[: len(content) // 2])
+  else:
+    victim.unlink()
+  listener = Listener()
+  summary = train.run(tiny_run(texts), workdir, reporter=listener)
+  assert any(f"checkpoint {newest.name} is damaged" in text and "falling back" in text for text in listener.messages)
+  assert f"resuming {workdir} after {ROUNDS - 1} of {ROUNDS} rounds" in listener.messages
+  assert (workdir / "damaged" / newest.name).is_dir()
+  assert summary["nodes"] == json.loads((finished / "summary.json").read_text())["nodes"]
+  assert (workdir / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+
+
+def test_all_checkpoints_damaged_is_an_error(texts, finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  (workdir / "summary.json").unlink()
+  for folder in (workdir / "checkpoints").iterdir():
+    largest_file(folder).unlink()
+  with pytest.raises(ValueError, match=r"checkpoints=.*expected at least one that is intact.*--overwrite"):
+    train.run(tiny_run(texts), workdir)
+
+
+def test_a_finished_run_is_not_run_again(texts, finished):
+  listener = Listener()
+  before = (finished / "summary.json").stat().st_mtime_ns
+  summary = train.run(tiny_run(texts), finished, reporter=listener)
+  assert summary == json.loads((finished / "summary.json").read_text())
+  assert (finished / "summary.json").stat().st_mtime_ns == before
+  assert any("finished; --overwrite starts afresh" in text for text in listener.messages)
+
+
+def test_a_full_disk_is_said_and_loses_nothing(texts, finished, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  stop_before_the_last_round(finished, workdir)
+
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+    with pytest.raises(OSError, match=r"no space left while writing .*newest complete checkpoint is kept; free some"):
+      train.run(tiny_run(texts), workdir)
+  assert train.run(tiny_run(texts), workdir)["nodes"] == json.loads((finished / "summary.json").read_text())["nodes"]
+
+
+def test_too_little_space_is_said_before_training(texts, tmp_path, monkeypatch):
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+  with pytest.raises(ValueError, match=r"--workdir=.*GB free for checkpoints.*config.checkpoint.keep_last"):
+    train.run(tiny_run(texts), tmp_path / "run")
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(finished):
+  kept = sorted(int(path.name) // train.PLACES_PER_ROUND for path in (finished / "checkpoints").iterdir())
+  rows = metrics.read_jsonl(finished / "metrics.jsonl")
+  losses = [
+    np.mean([row["personalised"]["loss_nats"] for row in rows if row["round"] == r and "personalised" in row])
+    for r in range(ROUNDS)
+  ]
+  assert kept == sorted({ROUNDS - 1, ROUNDS} | {1 + int(np.argmin(losses))})
+
+
+def test_waiting_for_data_and_compiling_are_booked_apart(finished):
+  seconds = json.loads((finished / "summary.json").read_text())["seconds"]
+  assert set(seconds) == {"compiling", "training", "aggregating", "evaluating", "saving", "waiting_for_data"}
+  assert all(value >= 0 for value in seconds.values())
+
+
