@@ -10,6 +10,4 @@ $python -m ruff check
 echo "mypy"
 $python -m mypy
 echo "pytest"
-# What XLA compiled is kept from one run of the tests to the next; results are the same bits.
-export JAX_COMPILATION_CACHE_DIR=$PWD/.venv/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
-$python -m pytest "$@"
+$python -m pytest -n 2 "$@"
