@@ -38,7 +38,7 @@ def train(params, opt_state, work, **options):
 
 @functools.cache
 def start():
-  params = jax.device_get(model.init(ARCH, jax.random.key(0)))
+  params = jax.device_get(jax.jit(model.init, static_argnums=0)(ARCH, jax.random.key(0)))
   return jax.tree.map(lambda leaf: leaf if leaf.max() == 1 else 10 * leaf, params)
 
 
@@ -51,28 +51,34 @@ def work_of(seed=0, steps=S, batch_size=3, weight_decay=0.3, clip_norm=0.5):
 
 @functools.cache
 def fresh(**options):
-  return local.optimizer(config_of(**options)).init(start())
+  return jax.device_get(jax.jit(local.optimizer(config_of(**options)).init)(start()))
 
 
-@functools.cache
-def gradient_by_hand():
-  """Mean loss of one batch and its gradient, from the logits."""
+def loop_by_hand(tx, work):
+  """Parameters after the loop, and each step's loss and norm of the gradient."""
 
-  def loss(params, windows):
+  @jax.value_and_grad
+  def gradient(params, windows):
     logits = model.apply(ARCH, params, windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
-  return jax.jit(jax.value_and_grad(loss))
+  @jax.jit
+  def step(params, state, windows):
+    loss, grads = gradient(params, windows)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss, optax.tree.norm(grads)
+
+  params, state, log = start(), jax.jit(tx.init)(start()), []
+  for s in range(work.steps):
+    params, state, *numbers = step(params, state, work.windows[s, : work.batch_size])
+    log.append([float(number) for number in numbers])
+  return params, *np.transpose(log)
 
 
-def loop_by_hand(tx, params, work):
-  state, losses, update = tx.init(params), [], jax.jit(tx.update)
-  for step in range(work.steps):
-    loss, gradient = gradient_by_hand()(params, work.windows[step, : work.batch_size])
-    updates, state = update(gradient, state, params)
-    params = optax.apply_updates(params, updates)
-    losses.append(float(loss))
-  return params, losses
+@functools.cache
+def adamw_loop_by_hand(**options):
+  work = work_of(**options)
+  return loop_by_hand(adamw_by_hand(work), work)
 
 
 def adamw_by_hand(work):
@@ -94,8 +100,7 @@ def adamw_by_hand(work):
 
 def test_train_node_is_adamw_with_clipping(rounds):
   work = work_of()
-  expected, losses = loop_by_hand(adamw_by_hand(work), start(), work)
-  norms = [optax.tree.norm(gradient_by_hand()(start(), work.windows[s, :3])[1]) for s in range(S)]
+  expected, losses, norms = adamw_loop_by_hand()
   assert max(norms) > work.clip_norm, "the clip matters"
   trained = train(start(), fresh(), work)
   rounds.assert_trees_close(trained.params, expected, atol=1e-5)
@@ -105,7 +110,7 @@ def test_train_node_is_adamw_with_clipping(rounds):
 
 def test_train_node_with_sgd_and_no_clip(rounds):
   work = work_of(weight_decay=7.0, clip_norm=math.inf)  # SGD knows no weight decay
-  expected, losses = loop_by_hand(optax.sgd(lambda count: jnp.asarray(RATES)[count]), start(), work)
+  expected, losses, _ = loop_by_hand(optax.sgd(lambda count: jnp.asarray(RATES)[count]), work)
   trained = train(start(), fresh(name="sgd"), work, name="sgd")
   rounds.assert_trees_close(trained.params, expected, atol=1e-5)
   np.testing.assert_allclose(trained.losses, losses, atol=1e-5)
@@ -130,9 +135,7 @@ def test_places_beyond_the_steps_and_the_batch_size_are_ignored(rounds):
   rates = np.where(np.arange(S) < 3, RATES, np.nan).astype(np.float32)
   again = train(start(), fresh(), work._replace(windows=other, learning_rates=rates))
   rounds.assert_trees_close(again.params, trained.params, atol=0)
-  expected, losses = loop_by_hand(adamw_by_hand(work), start(), work)
-  rounds.assert_trees_close(trained.params, expected, atol=1e-5)
-  np.testing.assert_allclose(trained.losses[:3], losses, atol=1e-5)
+  np.testing.assert_allclose(trained.losses[:3], adamw_loop_by_hand()[1][:3], atol=1e-5)
 
 
 def test_without_steps_everything_stays(rounds):
@@ -175,7 +178,9 @@ def test_training_stops_before_a_gradient_that_is_not_finite(rounds, monkeypatch
     return loss_sum(arch, params, windows, rows) + jnp.sqrt(0 * jnp.sum(params["backbone"]["final_norm"]))
 
   monkeypatch.setattr(model, "loss_sum", with_steep_corner)
-  trained = jax.jit(functools.partial(local.train_node, ARCH, config_of()))(start(), fresh(), work_of())
+  trained = jax.jit(functools.partial(local.train_node, ARCH, config_of(name="sgd")))(
+    start(), fresh(name="sgd"), work_of()
+  )
   assert trained.steps == 0
   np.testing.assert_array_equal(np.isfinite(trained.losses), [True, False, False, False, False])
   rounds.assert_trees_close(trained.params, start(), atol=0)

@@ -19,6 +19,7 @@ from worldlm_jax.model import transformer
 B, T, V, D, H, F, L = 2, 7, 11, 24, 6, 17, 3
 BASE, EPSILON = 53.0, 1e-3
 
+init = functools.partial(jax.jit, static_argnums=0)(model.init)
 apply = functools.partial(jax.jit, static_argnums=0)(model.apply)
 loss_and_gradient = functools.partial(jax.jit, static_argnums=0)(jax.value_and_grad(model.loss_sum, argnums=1))
 
@@ -34,7 +35,7 @@ def small(**changes):
 @functools.cache
 def start(arch):
   """Parameters far enough from those of `init` that every one of them matters."""
-  params = jax.device_get(model.init(arch, jax.random.key(0)))
+  params = jax.device_get(init(arch, jax.random.key(0)))
   rng = np.random.default_rng(1)
 
   def shake(path, leaf):
@@ -158,9 +159,9 @@ def test_any_share_of_key_layers_is_the_same_function():
 
 
 def test_init_draws_the_same_blocks_for_any_share(rounds):
-  whole = model.init(small(), jax.random.key(3))
+  whole = init(small(), jax.random.key(3))
   for m, share in ((0, 0.0), (2, 0.6)):
-    rounds.assert_trees_close(model.init(small(key_layer_share=share), jax.random.key(3)), split(whole, m), atol=0)
+    rounds.assert_trees_close(init(small(key_layer_share=share), jax.random.key(3)), split(whole, m), atol=0)
 
 
 def test_grouped_queries_are_key_value_heads_repeated():
@@ -199,7 +200,7 @@ def test_recomputing_blocks_changes_neither_loss_nor_gradient(rounds):
 
 def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
   arch = small(compute_dtype="bfloat16")
-  params, windows, rows = model.init(arch, jax.random.key(0)), tokens_of(2, B, T + 1), np.ones(B, bool)
+  params, windows, rows = init(arch, jax.random.key(0)), tokens_of(2, B, T + 1), np.ones(B, bool)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
   assert jax.eval_shape(lambda p: model.apply(arch, p, windows), params).dtype == jnp.bfloat16
   loss, gradient = loss_and_gradient(arch, params, windows, rows)
@@ -250,7 +251,7 @@ def test_the_tree_of_parameters():
     "backbone": {"embedding": (11, 24), "blocks": block(2), "final_norm": (24,), "head": (24, 11)},
     "key_layers": block(1),
   }
-  params = model.init(small(), jax.random.key(0))
+  params = init(small(), jax.random.key(0))
   assert jax.tree.map(jnp.shape, params) == expected
   kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
   assert kinds(model.abstract_params(small())) == kinds(params)
@@ -260,7 +261,7 @@ def test_the_tree_of_parameters():
 
 def test_initial_parameters_have_the_documented_spread():
   arch = small(d_model=96, d_ff=97, num_heads=2, num_kv_heads=2)
-  params = jax.device_get(model.init(arch, jax.random.key(0)))
+  params = jax.device_get(init(arch, jax.random.key(0)))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path)
     if "norm" in name:

@@ -54,14 +54,18 @@ def test_the_perplexity_of_a_diverged_model_is_nan():
   assert math.isnan(scoring.Score(math.nan, 7).perplexity)
 
 
+init = jax.jit(model.init, static_argnums=0)
+apply = jax.jit(model.apply, static_argnums=0)
+
+
 @functools.cache
 def params_of(seed):
-  return jax.tree.map(lambda leaf: 10 * leaf, model.init(ARCH, jax.random.key(seed)))
+  return jax.tree.map(lambda leaf: 10 * np.asarray(leaf), init(ARCH, jax.random.key(seed)))
 
 
 def nats(params, windows):
   """Cross-entropy of each token from the logits, in float64: `[B, T]`."""
-  logits = np.asarray(jax.jit(model.apply, static_argnums=0)(ARCH, params, windows[:, :-1]), np.float64)
+  logits = np.asarray(apply(ARCH, params, windows[:, :-1]), np.float64)
   picked = np.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
   return np.log(np.exp(logits).sum(axis=-1)) - picked
 

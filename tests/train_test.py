@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldlm_jax import checkpoint, config as config_lib, metrics, progress, train
+from worldlm_jax import checkpoint, config as config_lib, metrics, model, progress, train, trees
 
 ROUNDS = 3
 
@@ -277,3 +277,41 @@ def test_waiting_for_data_and_compiling_are_booked_apart(finished):
   assert all(value >= 0 for value in seconds.values())
 
 
+
+
+def test_rows_name_their_sources_and_count_their_bytes(texts, finished):
+  rows = metrics.read_jsonl(finished / "metrics.jsonl")
+  assert [(row["round"], row["node"]) for row in rows] == [
+    (r, path) for r in range(ROUNDS) for path in (".", "a", "b", "a/p", "a/q", "b/r", "b/s")
+  ]
+  last = {row["node"]: row for row in rows[-7:]}
+  arch = model.architecture(tiny_run(texts).model, 257)
+  params = model.abstract_params(arch)
+  node, layer = trees.num_bytes(params), trees.num_bytes(params["key_layers"]) // 2
+  assert last["."]["bytes_down"] == last["."]["bytes_up"] == 0
+  assert last["a/p"]["bytes_down"] == last["a/p"]["bytes_up"] == node  # updates of leaves are mixed by the parent
+  assert last["a"]["bytes_up"] == node + 2 * layer  # one residual layer for each of two key layers
+  received = last["a"]["residuals_received"]
+  assert last["a"]["bytes_down"] == node + len(received) * layer
+  assert {(r["layer"], r["made_in_round"]) for r in received} == {(0, ROUNDS - 2), (1, ROUNDS - 2)}
+  assert {r["from"] for r in received} <= {"b/r", "b/s"}
+  assert all(set(layer) == {"a/p", "a/q"} for layer in last["a"]["attention_up"])
+  # b has no text: it follows the plain mean of its members.
+  assert all(set(layer.values()) == {0.5} for layer in last["b"]["attention_up"])
+  assert last["b"]["tokens"] == 0 and "personalised" not in last["b"] and "loss_nats" not in last["b"]
+  assert last["a/p"]["tokens"] == ROUNDS * 2 * 3 * 13
+
+
+def test_the_summary_adds_up(finished):
+  summary = json.loads((finished / "summary.json").read_text())
+  rows = metrics.read_jsonl(finished / "metrics.jsonl")
+  assert summary["bytes_down"] == sum(row["bytes_down"] for row in rows)
+  assert summary["bytes_up"] == sum(row["bytes_up"] for row in rows)
+  assert summary["tokens"] == sum(node["tokens"] for node in summary["nodes"].values())
+  with_text = [node for node in summary["nodes"].values() if "received" in node]
+  assert len(with_text) == 6
+  for kind in ("received", "personalised"):
+    scores = [node[kind]["perplexity"] for node in with_text]
+    assert summary["tree"][kind]["mean"]["perplexity"] == pytest.approx(np.mean(scores))
+    assert summary["tree"][kind]["worst"]["perplexity"] == max(scores)
+  assert set(summary["nodes"]["b"]["subtree"]["received"]["mean"]) == {"loss_nats", "perplexity", "bits_per_byte"}

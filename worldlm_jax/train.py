@@ -211,7 +211,7 @@ class _Run:
   def _finish_round(self, index: int, seconds: float) -> None:
     now = self.now
     shown = []
-    for member in self.federation.members:
+    for member in self.federation.subtree(federation_lib.ROOT):  # parents above their own children
       row = now.rows[member.path]
       row["tokens"] = now.tokens.get(member.path, 0)
       total = now.bytes.setdefault(member.path, [0, 0])
@@ -324,7 +324,7 @@ class _Run:
       for path, score in self._scores(level, self.test[level], everybody).items():
         received[path] = records.score_record(score, self.texts[path].bytes_per_token["test"])
     nodes = {}
-    for member in self.federation.members:
+    for member in self.federation.subtree(federation_lib.ROOT):
       down, up = self.now.bytes.get(member.path, [0, 0])
       entry: dict[str, Any] = {"tokens": self.now.tokens.get(member.path, 0), "bytes_down": down, "bytes_up": up}
       if member.path in received:
