@@ -78,11 +78,13 @@ def random_trees():
   def settings(draw):
     return {
       "local_steps": draw(st.integers(0, 3)), "batch_size": draw(st.integers(1, 3)),
-      "rounds_per_parent_round": draw(st.integers(1, 2)), "down_temperature": draw(st.sampled_from([0.0, 0.3, math.inf])),
+      "rounds_per_parent_round": draw(st.integers(1, 2)),
+      "down_temperature": draw(st.sampled_from([0.0, 0.3, math.inf])),
     }
 
   def grow(draw, name, depth):
-    children = [grow(draw, f"n{i}", depth + 1) for i in range(draw(st.integers(0, 3 if depth else 2)))] if depth < 3 else []
+    size = draw(st.integers(0, 3 if depth else 2)) if depth < 3 else 0
+    children = [grow(draw, f"n{i}", depth + 1) for i in range(size)]
     data = config_lib.TextFolder("unread") if not children or draw(st.booleans()) else None
     return config_lib.Node(name, data, children, settings(draw))
 
@@ -90,7 +92,9 @@ def random_trees():
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+  max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
 @hypothesis.given(root=random_trees(), values=st.sampled_from(["layers", "updates"]), data=st.data())
 def test_engine_equals_the_loop_on_random_trees(rounds, root, values, data):
   config = rounds.tiny_config(root, values=values, update_threshold=-0.1)
@@ -182,9 +186,10 @@ def test_one_sgd_step_of_fedavg_is_one_step_on_the_joint_batch(rounds):
 def test_identical_siblings_stay_identical_and_their_federation_joins_them(rounds):
   """Law 1 through a whole round: with the same data everywhere, exchange changes nothing."""
   node = rounds.node
-  config = rounds.tiny_config(node("world", node("a"), node("b"), data=False), values="layers", similarity="param_cosine")
-  harness = rounds.Harness(config)
-  harness.workload = lambda step, real=harness.workload: jax.tree.map(lambda leaf: np.stack([leaf[0]] * len(leaf)), real(step))
+  tree = node("world", node("a"), node("b"), data=False)
+  harness = rounds.Harness(rounds.tiny_config(tree, values="layers", similarity="param_cosine"))
+  real = harness.workload
+  harness.workload = lambda step: jax.tree.map(lambda leaf: np.stack([leaf[0]] * len(leaf)), real(step))
   harness.round(0)
   params = harness.params()
   rounds.assert_trees_close(params["a"], params["b"], 0)

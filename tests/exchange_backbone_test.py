@@ -143,8 +143,8 @@ def sgd_step():
   config = ModelConfig(num_layers=2, d_model=12, num_heads=3, num_kv_heads=1, d_ff=17, key_layer_share=0.0)
   arch, sgd = model.architecture(config, 11), OptimizerConfig(name="sgd")
   # Larger than those of `init`, so that every tensor's gradient counts.
-  init = jax.jit(model.init, static_argnums=0)
-  params = jax.tree.map(lambda leaf: leaf if leaf.max() == 1 else 10 * leaf, jax.device_get(init(arch, jax.random.key(0))))
+  params = jax.device_get(jax.jit(model.init, static_argnums=0)(arch, jax.random.key(0)))
+  params = jax.tree.map(lambda leaf: leaf if leaf.max() == 1 else 10 * leaf, params)
   train_node = jax.jit(functools.partial(local.train_node, arch, sgd))
 
   def train(windows_1xBxW, batch_size):

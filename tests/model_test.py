@@ -18,6 +18,7 @@ from worldlm_jax.model import transformer
 
 B, T, V, D, H, F, L = 2, 7, 11, 24, 6, 17, 3
 BASE, EPSILON = 53.0, 1e-3
+ONE_STACK = {"key_layer_share": 0.0}  # half as much to compile
 
 init = functools.partial(jax.jit, static_argnums=0)(model.init)
 apply = functools.partial(jax.jit, static_argnums=0)(model.apply)
@@ -35,14 +36,13 @@ def small(**changes):
 @functools.cache
 def start(arch):
   """Parameters far enough from those of `init` that every one of them matters."""
-  params = jax.device_get(init(arch, jax.random.key(0)))
   rng = np.random.default_rng(1)
 
-  def shake(path, leaf):
-    noise = rng.normal(size=leaf.shape).astype(np.float32)
-    return leaf + 0.3 * noise if "norm" in jax.tree_util.keystr(path) else 0.3 * noise
+  def draw(path, leaf):
+    noise = 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+    return 1 + noise if "norm" in jax.tree_util.keystr(path) else noise
 
-  return jax.tree_util.tree_map_with_path(shake, params)
+  return jax.tree_util.tree_map_with_path(draw, model.abstract_params(arch))
 
 
 def tokens_of(seed, *shape):
@@ -160,8 +160,8 @@ def test_any_share_of_key_layers_is_the_same_function():
 
 def test_init_draws_the_same_blocks_for_any_share(rounds):
   whole = init(small(), jax.random.key(3))
-  for m, share in ((0, 0.0), (2, 0.6)):
-    rounds.assert_trees_close(init(small(key_layer_share=share), jax.random.key(3)), split(whole, m), atol=0)
+  other = init(small(key_layer_share=0.6), jax.random.key(3))
+  rounds.assert_trees_close(other, split(whole, 2), atol=0)
 
 
 def test_grouped_queries_are_key_value_heads_repeated():
@@ -189,29 +189,31 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 def test_recomputing_blocks_changes_neither_loss_nor_gradient(rounds):
-  params, windows, rows = start(small()), tokens_of(2, B, T + 1), np.ones(B, bool)
-  loss, gradient = loss_and_gradient(small(), params, windows, rows)
-  again, recomputed = loss_and_gradient(small(remat=True), params, windows, rows)
+  plain, remat = small(**ONE_STACK), small(**ONE_STACK, remat=True)
+  params, windows, rows = start(plain), tokens_of(2, B, T + 1), np.ones(B, bool)
+  loss, gradient = loss_and_gradient(plain, params, windows, rows)
+  again, recomputed = loss_and_gradient(remat, params, windows, rows)
   np.testing.assert_allclose(again, loss, rtol=1e-6)
   rounds.assert_trees_close(recomputed, gradient, atol=1e-4)
   jaxpr = lambda arch: str(jax.make_jaxpr(lambda p: model.apply(arch, p, windows))(params))
-  assert "remat" in jaxpr(small(remat=True)) and "remat" not in jaxpr(small())
+  assert "remat" in jaxpr(remat) and "remat" not in jaxpr(plain)
 
 
 def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
-  arch = small(compute_dtype="bfloat16")
-  params, windows, rows = init(arch, jax.random.key(0)), tokens_of(2, B, T + 1), np.ones(B, bool)
-  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+  arch = small(**ONE_STACK, compute_dtype="bfloat16")
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model.abstract_params(arch)))
+  params = jax.tree.map(lambda leaf: 0.3 * leaf, start(arch))
+  windows, rows = tokens_of(2, B, T + 1), np.ones(B, bool)
   assert jax.eval_shape(lambda p: model.apply(arch, p, windows), params).dtype == jnp.bfloat16
   loss, gradient = loss_and_gradient(arch, params, windows, rows)
-  exact, _ = loss_and_gradient(small(), params, windows, rows)
+  exact, _ = loss_and_gradient(small(**ONE_STACK), params, windows, rows)
   assert loss.dtype == jnp.float32 and loss != exact
   np.testing.assert_allclose(loss, exact, rtol=1e-2)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
 
 
 def test_loss_sum_is_the_cross_entropy_of_the_next_token():
-  arch, windows = small(), tokens_of(2, B, T + 1)
+  arch, windows = small(**ONE_STACK), tokens_of(2, B, T + 1)
   params = start(arch)
   expected = nats_in_numpy(logits_in_numpy(arch, params, windows[:, :-1]), windows[:, 1:]).sum(axis=1)
   for rows in ([True, True], [True, False], [False, True], [False, False]):
@@ -220,7 +222,7 @@ def test_loss_sum_is_the_cross_entropy_of_the_next_token():
 
 
 def test_windows_that_do_not_count_add_nothing(rounds):
-  arch, windows, rows = small(), tokens_of(2, B, T + 1), np.array([True, False])
+  arch, windows, rows = small(**ONE_STACK), tokens_of(2, B, T + 1), np.array([True, False])
   loss, gradient = loss_and_gradient(arch, start(arch), windows, rows)
   other = np.concatenate([windows[:1], tokens_of(6, 1, T + 1)])
   again, same = loss_and_gradient(arch, start(arch), other, rows)
@@ -231,7 +233,7 @@ def test_windows_that_do_not_count_add_nothing(rounds):
 
 
 def test_a_model_that_knows_nothing_loses_log_v_per_token():
-  arch = small()
+  arch = small(**ONE_STACK)
   params = start(arch)
   params = params | {"backbone": params["backbone"] | {"head": np.zeros((D, V), np.float32)}}
   loss, _ = loss_and_gradient(arch, params, tokens_of(2, B, T + 1), np.ones(B, bool))
@@ -260,15 +262,14 @@ def test_the_tree_of_parameters():
 
 
 def test_initial_parameters_have_the_documented_spread():
-  arch = small(d_model=96, d_ff=97, num_heads=2, num_kv_heads=2)
-  params = jax.device_get(init(arch, jax.random.key(0)))
+  params = jax.device_get(init(small(), jax.random.key(0)))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path)
     if "norm" in name:
       np.testing.assert_array_equal(leaf, np.ones_like(leaf))
     else:
       spread = 0.02 / math.sqrt(2 * L) if "attention_out" in name or "down" in name else 0.02
-      np.testing.assert_allclose(leaf.std(), spread, rtol=0.1, err_msg=name)
+      np.testing.assert_allclose(leaf.std(), spread, rtol=0.15, err_msg=name)
       assert abs(leaf.mean()) < 0.2 * spread
   kernels = join(params)["query"]["kernel"]
   assert all(np.any(kernels[i] != kernels[j]) for i in range(L) for j in range(i))

@@ -139,7 +139,9 @@ def test_sigterm_saves_within_the_round_and_the_rest_is_the_same(texts, unbroken
   command = [sys.executable, "-m", "worldlm_jax.main", "--config=configs/folder.py", f"--workdir={workdir}", *flags]
   environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONUNBUFFERED": "1"}
   root = Path(__file__).parent.parent
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root)
+  process = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+  )
   try:
     while not (workdir / "checkpoints").exists():
       assert process.poll() is None, process.stderr.read()

@@ -200,10 +200,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 def check_flags(argv: Iterable[str]) -> None:
   """Raises `ValueError` at a flag such as `--config.model.layers=4` whose name leads to no field of `Config`."""
   for text in argv:
-    found = re.match(r"--?(?:no)?(config\.([\w.]+))", text)
+    found = re.match(r"--?(?:no)?config\.([\w.]+)", text)
+    name = found[1] if found else ""
     kind: Any = Config
-    for part in found[2].split(".") if found else ():
-      where = f"--{found[1]}: field"
+    for part in name.split(".") if found else ():
+      where = f"--config.{name}: field"
       if not dataclasses.is_dataclass(kind):
         checks.fail(where, part, "a flag that ends before it", "--node changes the settings of one node")
       types = {field.name: field.type for field in dataclasses.fields(kind)}

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from worldlm_jax import local, schedule
-from worldlm_jax.data.batches import NodeBatches
+from worldlm_jax.data.batches import NodeBatches, NodeText
+from worldlm_jax.data.windows import evenly_spaced
 from worldlm_jax.federation import Federation
 
 
@@ -51,6 +52,25 @@ def workload_shape(federation: Federation, microbatch_size: int, sequence_length
   batch = max((settings.batch_size for settings in training), default=1)
   micro = min(microbatch_size, batch) or batch
   return steps, -(-batch // micro) * micro, sequence_length + 1
+
+
+def evaluation_windows(
+  federation: Federation, texts: Mapping[str, NodeText], split: str, count: int, sequence_length: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Per level, `count` windows of each node's split (0: all), the same every time.
+
+  Pairs of int32 `[n, E, W]`, filled up with zeros, and int32 `[n]`: how many a node has, 0 without text.
+  """
+  found = []
+  for level in federation.levels:
+    each = [
+      evenly_spaced(getattr(texts[m.path], split), count) if m.path in texts
+      else np.zeros((0, sequence_length + 1), np.int32) for m in level
+    ]
+    most = max(len(windows) for windows in each)
+    padded = np.stack([np.pad(windows, [(0, most - len(windows)), (0, 0)]) for windows in each])
+    found.append((padded, np.array([len(windows) for windows in each], np.int32)))
+  return found
 
 
 class Feed:

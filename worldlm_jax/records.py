@@ -7,7 +7,7 @@ import numpy as np
 
 from worldlm_jax import engine, state as state_lib, trees
 from worldlm_jax.config import KeyLayerConfig
-from worldlm_jax.federation import Federation
+from worldlm_jax.federation import ROOT, Federation
 from worldlm_jax.scoring import Score
 
 Rows = dict[str, dict[str, Any]]  # by path
@@ -113,6 +113,45 @@ def present_residuals(state: engine.State, federation: Federation) -> dict[int, 
     level: np.asarray(own.residuals.present)[: len(federation.levels[level])]
     for level, own in enumerate(state) if own.residuals is not None
   }
+
+
+def summary(
+  federation: Federation, tokens: Mapping[str, int], sent: Mapping[str, list[int]],
+  received: Mapping[str, dict[str, float]], personalised: Mapping[str, dict[str, float]], seconds: Mapping[str, float],
+) -> dict[str, Any]:
+  """The content of summary.json, from what is known of each node by path.
+
+  Args:
+    federation: the tree.
+    tokens: trained on.
+    sent: [down, up] bytes over the edge to the parent.
+    received: test scores of the model as received, for nodes with text.
+    personalised: test scores after training; a node that never trained has only what it received.
+    seconds: by activity.
+  """
+  own = dict(received) | dict(personalised)
+  nodes: dict[str, Any] = {}
+  for member in federation.subtree(ROOT):
+    down, up = sent.get(member.path, [0, 0])
+    entry: dict[str, Any] = {"tokens": tokens.get(member.path, 0), "bytes_down": down, "bytes_up": up}
+    if member.path in received:
+      entry |= {"received": received[member.path], "personalised": own[member.path]}
+    below = [m.path for m in federation.subtree(member.path) if m.path in received]
+    entry["subtree"] = {"received": _mean_and_worst(below, received), "personalised": _mean_and_worst(below, own)}
+    nodes[member.path] = entry
+  return {
+    "nodes": nodes, "tree": nodes[ROOT]["subtree"], "tokens": sum(tokens.values()),
+    "bytes_down": sum(entry["bytes_down"] for entry in nodes.values()),
+    "bytes_up": sum(entry["bytes_up"] for entry in nodes.values()),
+    "seconds": {name: round(value, 3) for name, value in seconds.items()},
+  }
+
+
+def _mean_and_worst(paths: list[str], scores: Mapping[str, dict[str, float]]) -> dict[str, Any]:
+  """Over nodes with text: the mean of each unit, and the node with the most bits per byte."""
+  mean = {unit: float(np.mean([scores[path][unit] for path in paths])) for unit in scores[paths[0]]}
+  worst = max(paths, key=lambda path: scores[path]["bits_per_byte"])
+  return {"mean": mean, "worst": {"node": worst} | scores[worst]}
 
 
 def top_source(row: Mapping[str, Any]) -> str:

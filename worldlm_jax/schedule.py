@@ -74,6 +74,24 @@ def round_steps(federation: Federation, stage: int | None, absent: Collection[st
   return list(visit(0, present[0], True))
 
 
+def evaluations(federation: Federation, steps: list[Step]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Which nodes are scored after each step of a round: bool `[N]` of the step's level.
+
+  As received: after a node's first down-phase of the round. Personalised: after its last training.
+  """
+  received = [np.zeros(len(federation.levels[step.level]), bool) for step in steps]
+  personalised = [mask.copy() for mask in received]
+  in_order = range(len(steps))
+  for kind, masks, places in (("down", received, in_order), ("train", personalised, reversed(in_order))):
+    done = [np.zeros(len(level), bool) for level in federation.levels]
+    for place in places:
+      step = steps[place]
+      if step.kind == kind:
+        masks[place] = step.active & ~done[step.level]
+        done[step.level] |= step.active
+  return received, personalised
+
+
 def steps_per_round(federation: Federation, stage: int | None) -> dict[str, int]:
   """How many optimizer steps each node makes in a round in which everybody takes part."""
   count = {member.path: 0 for member in federation.members}

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ from worldlm_jax import (
   trees,
   workdir as workdir_lib,
 )
-from worldlm_jax.data import batches as batches_lib, tokenizer as tokenizer_lib, windows as windows_lib
+from worldlm_jax.data import batches as batches_lib, tokenizer as tokenizer_lib
 from worldlm_jax.scoring import Score
 
 PLACES_PER_ROUND = 10_000  # a checkpoint's number is round * PLACES_PER_ROUND + step within the round
@@ -131,7 +131,7 @@ class _Run:
     begin = time.perf_counter()
     stage, last = self.rounds[index]
     steps = schedule.round_steps(self.federation, stage)
-    received_at, personalised_at = _evaluations(self.federation, steps)
+    received_at, personalised_at = schedule.evaluations(self.federation, steps)
     if not self.now.rows:
       self.now.rows = records.blank(self.federation, index)
     for place in range(self.now.step, len(steps)):
@@ -139,10 +139,10 @@ class _Run:
       self.reporter.phase(index, f"{step.kind} {_names(self.federation, step)}", place / len(steps))
       if step.kind == "down":
         self._down(index, step)
-        self._evaluate("received", step.level, received_at[place])
+        self._evaluate(index, "received", step.level, received_at[place])
       elif step.kind == "train":
         self._train(index, step, feed)
-        self._evaluate("personalised", step.level, personalised_at[place])
+        self._evaluate(index, "personalised", step.level, personalised_at[place])
         if last:
           for path, score in self._scores(step.level, self.test[step.level], personalised_at[place]).items():
             self.now.test[path] = records.score_record(score, self.texts[path].bytes_per_token["test"])
@@ -187,7 +187,10 @@ class _Run:
         path = members[row].path
         position = self.now.positions.get(path, 0)
         if count < work.steps[row]:
-          self._stop_at_loss(path, index, position + int(count), float(loss_S[count]))
+          loss = float(loss_S[count])
+          what = f"the gradient is not finite (loss {loss:.4g})" if np.isfinite(loss) else f"loss is {loss}"
+          where = f"step {position + int(count) + 1} of the node's own; the state before that step"
+          self._stop_for_good(what, path, index, where)
         self.now.positions[path] = position + int(count)
         tokens = int(count) * members[row].settings.batch_size * self.config.data.sequence_length
         self.now.tokens[path] = self.now.tokens.get(path, 0) + tokens
@@ -196,8 +199,10 @@ class _Run:
           "loss_nats_last": float(loss_S[count - 1]),
         }
 
-  def _evaluate(self, kind: str, level: int, mask: np.ndarray) -> None:
+  def _evaluate(self, index: int, kind: str, level: int, mask: np.ndarray) -> None:
     for path, score in self._scores(level, self.valid[level], mask).items():
+      if not np.isfinite(score.loss_nats):
+        self._stop_for_good(f"valid loss as {kind} is {score.loss_nats}", path, index, "model as it is now, which")
       self.now.rows[path][kind] = records.score_record(score, self.texts[path].bytes_per_token["valid"])
 
   def _scores(self, level: int, windows: tuple[np.ndarray, np.ndarray], mask: np.ndarray) -> dict[str, Score]:
@@ -243,11 +248,11 @@ class _Run:
       f"stopped by {self.signal} in round {round_index + 1}; everything is saved, run the same command again to resume"
     )
 
-  def _stop_at_loss(self, path: str, index: int, step: int, loss: float) -> None:
+  def _stop_for_good(self, what: str, path: str, index: int, where: str) -> NoReturn:
+    """Saves the state, marks the run as one that cannot go on, and says what to change."""
     self.now.stopped = (
-      f"loss is {loss} at node {path!r}, round {index + 1}, step {step + 1} of the node's own; the state before that "
-      f"step is saved in {self.workdir / 'checkpoints'}. Lower learning_rate or clip_norm there "
-      f"(--node={path}.learning_rate=...) and start afresh with --overwrite"
+      f"{what} at node {path!r}, round {index + 1}, {where} is saved in {self.workdir / 'checkpoints'}. Lower "
+      f"learning_rate or clip_norm there (--node={path}.learning_rate=...) and start afresh with --overwrite"
     )
     self._save(None)
     self.checkpoints.wait()
@@ -291,17 +296,7 @@ class _Run:
             positions[member.path] += int(active) * member.settings.local_steps
 
   def _windows(self, split: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per level, windows of a split `[n, E, W]` (the same every time) and how many each node has `[n]`."""
-    found = []
-    for level in self.federation.levels:
-      each = [
-        windows_lib.evenly_spaced(getattr(self.texts[m.path], split), count) if m.data is not None
-        else np.zeros((0, self.config.data.sequence_length + 1), np.int32) for m in level
-      ]
-      most = max(len(windows) for windows in each)
-      padded = np.stack([np.pad(windows, [(0, most - len(windows)), (0, 0)]) for windows in each])
-      found.append((padded, np.array([len(windows) for windows in each], np.int32)))
-    return found
+    return feed_lib.evaluation_windows(self.federation, self.texts, split, count, self.config.data.sequence_length)
 
   def _title(self) -> list[str]:
     params = model.abstract_params(self.arch)
@@ -323,23 +318,9 @@ class _Run:
       self.state, _ = self.engine.down(self.state, schedule.Step("down", level, everybody, True), len(self.rounds))
       for path, score in self._scores(level, self.test[level], everybody).items():
         received[path] = records.score_record(score, self.texts[path].bytes_per_token["test"])
-    nodes = {}
-    for member in self.federation.subtree(federation_lib.ROOT):
-      down, up = self.now.bytes.get(member.path, [0, 0])
-      entry: dict[str, Any] = {"tokens": self.now.tokens.get(member.path, 0), "bytes_down": down, "bytes_up": up}
-      if member.path in received:
-        entry |= {"received": received[member.path],
-                  "personalised": self.now.test.get(member.path, received[member.path])}
-      below = [m.path for m in self.federation.subtree(member.path) if m.path in received]
-      entry["subtree"] = _over_nodes(below, received, self.now.test)
-      nodes[member.path] = entry
-    return {
-      "nodes": nodes, "tree": nodes[federation_lib.ROOT]["subtree"],
-      "tokens": sum(self.now.tokens.values()),
-      "bytes_down": sum(entry["bytes_down"] for entry in nodes.values()),
-      "bytes_up": sum(entry["bytes_up"] for entry in nodes.values()),
-      "seconds": {name: round(value, 3) for name, value in self.now.seconds.items()},
-    }
+    return records.summary(
+      self.federation, self.now.tokens, self.now.bytes, received, self.now.test, self.now.seconds
+    )
 
   @contextlib.contextmanager
   def _timed(self, name: str) -> Iterator[None]:
@@ -386,33 +367,6 @@ def _architecture(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer)
   return arch
 
 
-def _evaluations(federation: federation_lib.Federation, steps: list[schedule.Step]) -> tuple[list, list]:
-  """Per step, which nodes are scored after it: as received at a node's first down-phase of the round, personalised
-  after its last training."""
-  none = [np.zeros(len(federation.levels[step.level]), bool) for step in steps]
-  received, personalised = [mask.copy() for mask in none], [mask.copy() for mask in none]
-  done: dict[tuple[str, int], np.ndarray] = {}
-  for kind, masks, order in (("down", received, range(len(steps))), ("train", personalised, range(len(steps))[::-1])):
-    for place in order:
-      step = steps[place]
-      if step.kind == kind:
-        seen = done.setdefault((kind, step.level), np.zeros_like(step.active))
-        masks[place] = step.active & ~seen
-        seen |= step.active
-  return received, personalised
-
-
 def _names(federation: federation_lib.Federation, step: schedule.Step) -> str:
   names = [m.path for m, active in zip(federation.levels[step.level], step.active, strict=True) if active]
   return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _over_nodes(paths: list[str], received: dict[str, Any], personalised: dict[str, Any]) -> dict[str, Any]:
-  """Mean over the nodes with text, and the worst of them, for both kinds of model."""
-  result = {}
-  for kind, scores in (("received", received), ("personalised", received | personalised)):
-    if paths:
-      mean = {unit: float(np.mean([scores[p][unit] for p in paths])) for unit in scores[paths[0]]}
-      worst = max(paths, key=lambda p: scores[p]["bits_per_byte"])
-      result[kind] = {"mean": mean, "worst": {"node": worst} | scores[worst]}
-  return result
