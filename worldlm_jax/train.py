@@ -91,8 +91,8 @@ class _Run:
     needed = engine_lib.needs_validation(config, self.federation)
     self.engine = engine_lib.Engine(config, self.federation, self.arch, self.mesh, validation if needed else None)
     abstract = self.engine.abstract_state()
-    workdir_lib.claim(workdir, workdir_lib.describe(config, self.federation, digests), overwrite=overwrite)
     workdir_lib.check_space(workdir, trees.num_bytes(abstract), config.checkpoint)
+    workdir_lib.claim(workdir, workdir_lib.describe(config, self.federation, digests), overwrite=overwrite)
     self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, self.federation, self.mesh)
     self.rounds = [
       (stage, index == config.rounds - 1)

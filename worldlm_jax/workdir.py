@@ -77,7 +77,10 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> Non
     checks.require(not foreign, "--workdir", str(workdir),
                    "a new or empty folder, or one that holds a run (it has files, but no config.json of a run)",
                    "choose another folder; --overwrite does not delete what is not a run's")
-  workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    checks.fail("--workdir", str(workdir), "a folder that can be made", f"{error.strerror}; choose another")
   metrics.write_json(record, description | environment())
 
 
@@ -85,7 +88,8 @@ def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointCo
   """Raises `ValueError` unless the checkpoints that are kept, and one more being written, will fit."""
   kept = sorted((workdir / "checkpoints").glob("*")) if workdir.exists() else []
   needed = state_bytes * max(1, config.keep_last + config.keep_best + 1 - len(kept))
-  free = shutil.disk_usage(workdir).free
+  existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+  free = shutil.disk_usage(existing).free
   checks.require(
     free > needed, "--workdir", str(workdir),
     f"a disk with {needed / 1e9:.2f} GB free for checkpoints ({state_bytes / 1e9:.2f} GB each)",
