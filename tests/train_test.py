@@ -234,6 +234,18 @@ def test_all_checkpoints_damaged_is_an_error(texts, finished, tmp_path):
     train.run(tiny_run(texts), workdir)
 
 
+def test_a_checkpoint_of_another_version_is_refused_and_left_alone(texts, finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  (workdir / "summary.json").unlink()
+  newest = workdir / "checkpoints" / str(ROUNDS * train.PLACES_PER_ROUND)
+  (record,) = newest.glob("record/metadata")
+  record.write_text(record.read_text().replace("['step']", "['steps']").replace(".step\"", ".steps\""))
+  with pytest.raises(ValueError, match=r"checkpoint=.*expected the arrays of this version's state \(.*step.*--overwrite"):
+    train.run(tiny_run(texts), workdir)
+  assert newest.is_dir()
+
+
 def test_a_finished_run_is_not_run_again(texts, finished):
   listener = Listener()
   before = (finished / "summary.json").stat().st_mtime_ns

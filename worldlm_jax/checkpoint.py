@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from worldlm_jax import checks, metrics, partition
+from worldlm_jax import checks, config as config_lib, metrics, partition
 from worldlm_jax.config import CheckpointConfig
 from worldlm_jax.engine import State
 from worldlm_jax.federation import Federation
@@ -50,7 +50,7 @@ class Checkpoints:
   def save(self, number: int, state: State, record: dict[str, Any], loss_nats: float | None) -> None:
     """Begins to save; returns once the arrays are copied. Failures surface here or in `wait`."""
     arrays = self._without_ghosts(state)
-    record = record | {"checksum": _checksum(arrays)}
+    record = record | {"checksum": _checksum(arrays), "structure": _structure(arrays)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
     self._explained(lambda: self._manager.save(
       number, args=items, metrics=None if loss_nats is None else {"loss_nats": loss_nats}, force=True
@@ -74,12 +74,15 @@ class Checkpoints:
       say: takes one line of text.
 
     Raises:
-      ValueError: there are checkpoints, and all of them are damaged.
+      ValueError: all checkpoints are damaged, or one holds another kind of state (it is left alone).
     """
     numbers = sorted(self._manager.all_steps(), reverse=True)
     for number in numbers:
       try:
         return self._restore(number, abstract)
+      except _AnotherStructure as error:
+        checks.fail("checkpoint", str(self.folder / str(number)), f"the arrays of this version's state ({error})",
+                    "resume with the version that wrote it (config.json names it), or start afresh with --overwrite")
       except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         target = self.folder.parent / "damaged" / str(number)
@@ -98,10 +101,11 @@ class Checkpoints:
                                               sharding=partition.replicated(self._mesh)),
       list(abstract), [jax.tree.map(lambda _, n=n: n, level) for n, level in zip(self._sizes, abstract, strict=True)],
     )
-    found = self._manager.restore(
-      number, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays), record=ocp.args.JsonRestore())
-    )
-    record = dict(found.record)
+    record = dict(self._manager.restore(number, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
+    saved, wanted = record.pop("structure"), _structure(arrays)
+    if saved != wanted:
+      raise _AnotherStructure("; ".join(config_lib.differences(saved, wanted)[:3]))
+    found = self._manager.restore(number, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays)))
     if _checksum(found.state) != record.pop("checksum"):
       raise ValueError("the arrays do not have the checksum they were saved with")
     nodes = partition.node_sharding(self._mesh)
@@ -120,6 +124,16 @@ class Checkpoints:
       if metrics.out_of_space(error):
         raise metrics.no_space_error(self.folder) from error
       raise
+
+
+class _AnotherStructure(Exception):
+  """The checkpoint is intact, but of a state with other arrays."""
+
+
+def _structure(arrays: Any) -> dict[str, str]:
+  """The shape and type of every array, by its place in the state."""
+  leaves = jax.tree_util.tree_leaves_with_path(arrays)
+  return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 @jax.jit

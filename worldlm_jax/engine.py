@@ -168,6 +168,10 @@ class Engine:
     take = functools.partial(partition.take_wave, size=size, mesh=self.mesh)
     return self._call((*name, size), take, tree, np.int32(start), donate=False, logs=False)
 
+  def is_compiled(self, step: schedule.Step) -> bool:
+    """Whether this step's program has been compiled before."""
+    return any(name[0] == step.kind and (step.kind == "train" or name[1] == step.level) for name in self._compiled)
+
   def _inputs(self, level: int, active: np.ndarray, temperature: str) -> rules.NodeInputs:
     members = self.federation.levels[level]
     windows = np.zeros((len(members), 0, self.config.data.sequence_length + 1), np.int32)

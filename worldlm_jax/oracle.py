@@ -29,7 +29,6 @@ class Residual:
 
   layer: list[np.ndarray]  # the block's tensors
   index: int
-  sender: str  # the federation that sent it up
   origin: str  # the node whose layer it is
   round: int
 
@@ -234,7 +233,7 @@ class Oracle:
     if p.parent is not None and len(members) + node.trained > 1:
       for i in range(self.num_layers):
         for s in np.argsort(use[i], kind="stable")[: keys.residuals_per_layer]:
-          node.sent.append(Residual(_layer(offered[s], i), i, p.path, here[s].path, self.index))
+          node.sent.append(Residual(_layer(offered[s], i), i, here[s].path, self.index))
     node.key_layers = self._accept(p, node.key_layers, mixed, node.backbone)
 
   def _query(self, own: Layers, update: Layers, parents: Layers) -> tuple[Layers, Layers | None]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from worldlm_jax import engine, state as state_lib, trees
@@ -39,7 +40,7 @@ class Exchanges:
     self._federation, self._over_updates = federation, config.values == "updates"
     self._paths = [m.path for m in federation.members]
     self._node_bytes = trees.num_bytes(params)
-    num_layers = max((leaf.shape[0] for leaf in trees.leaves(params["key_layers"])), default=1)
+    num_layers = max((leaf.shape[0] for leaf in jax.tree.leaves(params["key_layers"])), default=1)
     self._layer_bytes = trees.num_bytes(params["key_layers"]) // num_layers
 
   def down(

@@ -136,7 +136,8 @@ class _Run:
       self.now.rows = records.blank(self.federation, index)
     for place in range(self.now.step, len(steps)):
       step = steps[place]
-      self.reporter.phase(index, f"{step.kind} {_names(self.federation, step)}", place / len(steps))
+      compiling = "" if self.engine.is_compiled(step) else " (compiling)"
+      self.reporter.phase(index, f"{step.kind} {_names(self.federation, step)}{compiling}", place / len(steps))
       if step.kind == "down":
         self._down(index, step)
         self._evaluate(index, "received", step.level, received_at[place])

@@ -1,4 +1,4 @@
-"""Pytrees of parameters: stacking, weighted sums, norms. Sums run in float32."""
+"""Arithmetic and selection on pytrees of parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,6 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
-
-
-def stack(trees: Sequence[PyTree]) -> PyTree:
-  """Stacks equal trees on a new leading axis: leaves `[...]` become `[len(trees), ...]`."""
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def take(tree: PyTree, index: Any) -> PyTree:
@@ -56,8 +51,3 @@ def num_parameters(tree: PyTree) -> int:
 def num_bytes(tree: PyTree) -> int:
   """The number of bytes of the tree's leaves; leaves may be abstract."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def leaves(tree: PyTree) -> list[Any]:
-  """The tree's leaves in order."""
-  return jax.tree.leaves(tree)
