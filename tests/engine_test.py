@@ -45,7 +45,7 @@ def check_against_oracle(rounds, config, num_rounds=2, absent=(), atol=2e-5):
   {"values": "layers", "similarity": "update_cosine", "granularity": "all", "residuals_per_layer": 2},
   {"values": "layers", "similarity": "validation_loss", "residuals_received": 2},
   {"values": "updates", "update_threshold": -0.2},
-  {"values": "updates", "granularity": "tensor", "update_norm_cap": 0.7, "residuals_per_layer": 2},
+  {"values": "updates", "granularity": "tensor", "update_norm_cap": 1.0, "update_strength": 2.0, "residuals_per_layer": 2},
   {"values": "updates", "granularity": "all", "residuals_per_layer": 0},
 ], ids=lambda options: " ".join(map(str, options.values())))
 def test_engine_equals_the_loop(rounds, key_layers):

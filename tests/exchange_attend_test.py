@@ -78,7 +78,7 @@ mix = jax.jit(attend.mix)
 def attend_layers(query, candidates, mask_SxM, prior_S, temperature, *, similarity="param_cosine", granularity="layer"):
   scores = attend.parameter_scores(similarity, granularity, query, None, candidates, mask_SxM)
   weights = attend.attention_weights(scores, mask_SxM, prior_S, temperature)
-  return weights, attend.mix(query, candidates, weights, mask_SxM)
+  return weights, attend.mix(query, candidates, weights)
 
 
 @functools.partial(jax.jit, static_argnames="granularity")
@@ -278,7 +278,7 @@ def test_permuting_candidates_permutes_the_weights_and_keeps_the_result(temperat
 def test_mix_is_the_weighted_sum_for_every_tensor_by_itself():
   candidates = draw(4, S)
   weights = np.random.default_rng(9).uniform(size=(T, S, M)).astype(np.float32)
-  mixed = mix(draw(1), candidates, weights, ALL_THERE)
+  mixed = mix(draw(1), candidates, weights)
   for w, name in zip(weights, sorted(SHAPES), strict=True):
     np.testing.assert_allclose(mixed[name], np.einsum("sm,sm...->m...", w, candidates[name]), atol=1e-5)
 
@@ -363,7 +363,7 @@ def test_an_aligned_update_adds_its_strength_beyond_the_threshold():
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(
   seed=st.integers(0, 2**32), pull=st.floats(-2, 2), scale=st.sampled_from([1e-6, 1e-2, 1.0, 1e3]),
-  strength=st.floats(0, 5), threshold=st.floats(0, 0.99), norm_cap=st.floats(0, 3),
+  strength=st.floats(0, 5), threshold=st.floats(0, 0.99), norm_cap=st.floats(1, 3),
   granularity=st.sampled_from(GRANULARITIES),
 )
 def test_the_step_is_never_longer_than_the_cap(seed, pull, scale, strength, threshold, norm_cap, granularity):
@@ -412,3 +412,16 @@ def test_permuting_the_others_keeps_the_addition():
   np.testing.assert_allclose(permuted, np.asarray(weights)[:, order], atol=1e-6)
   for name in SHAPES:
     np.testing.assert_allclose(again[name], addition[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_a_candidate_whose_score_is_nan_gets_no_weight(temperature):
+  scores = jnp.asarray([0.5, math.nan, 0.7]).reshape(1, 3, 1)
+  weights = attention_weights(scores, jnp.ones((3, 1), bool), jnp.ones(3), jnp.float32(temperature))
+  assert weights[0, 1, 0] == 0 and float(jnp.sum(weights)) == pytest.approx(1)
+
+
+def test_a_candidate_without_weight_adds_nothing_whatever_it_holds():
+  candidates = {"w": jnp.asarray([[1.0, 2.0], [math.nan, math.inf]]).reshape(2, 1, 2)}
+  mixed = mix({"w": jnp.zeros((1, 2))}, candidates, jnp.asarray([1.0, 0.0]).reshape(1, 2, 1))
+  np.testing.assert_array_equal(mixed["w"][0], [1, 2])

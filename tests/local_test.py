@@ -237,12 +237,12 @@ def test_constant_rates_stay():
 
 def test_cosine_rates_fall_to_a_tenth():
   rates = rates_of("cosine", 23)
-  done = (np.arange(2, 23) - 2) / 20
-  np.testing.assert_allclose(rates[2:], 0.7 * (0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2), rtol=1e-5)
+  done = np.arange(20) / 20  # of what comes after 3 steps of warm-up
+  np.testing.assert_allclose(rates[3:], 0.7 * (0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2), rtol=1e-5)
   np.testing.assert_allclose(rates[-1], 0.07, rtol=1e-5)
 
 
 def test_wsd_rates_stay_and_fall_over_the_last_fifth():
-  rates = rates_of("wsd", 23)  # 3 of warm-up, 20 beyond, 4 of which fall
-  np.testing.assert_allclose(rates[2:19], np.full(17, 0.7), rtol=1e-6)
-  np.testing.assert_allclose(rates[19:] / 0.7, [0.75, 0.5, 0.25, 0], atol=1e-6)
+  rates = rates_of("wsd", 23)  # 3 of warm-up, 20 beyond, 4 of which fall; none is wasted at rate 0
+  np.testing.assert_allclose(rates[2:20], np.full(18, 0.7), rtol=1e-6)
+  np.testing.assert_allclose(rates[20:] / 0.7, [0.75, 0.5, 0.25], atol=1e-6)

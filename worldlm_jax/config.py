@@ -242,7 +242,7 @@ def validate(config: Config) -> None:
   checks.one_of("config.key_layers.prior", key_layers.prior, ("uniform", "tokens"))
   _in_range("config.key_layers.update_threshold", key_layers.update_threshold, -1, 1)
   _at_least("config.key_layers.update_strength", key_layers.update_strength, 0)
-  _at_least("config.key_layers.update_norm_cap", key_layers.update_norm_cap, 0)
+  _at_least("config.key_layers.update_norm_cap", key_layers.update_norm_cap, 1)  # a node's own update stays whole
   for name in ("residuals_per_layer", "residuals_received"):
     _at_least(f"config.key_layers.{name}", getattr(key_layers, name), 0)
   for name, least in (("valid_windows", 0), ("test_windows", 0), ("acceptance_windows", 1)):

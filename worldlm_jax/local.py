@@ -4,8 +4,8 @@ One node trains in a loop of as many steps as it has (`train_node`); the nodes o
 side, spread over the devices (`train_nodes`). A wave takes as long as its longest member, and a wave
 of one node per device computes nothing in vain.
 
-A step whose loss or gradient is not finite is not taken, and the node stops there, so that the last
-good state can be saved and the step be named.
+A step whose loss, gradient or result is not finite is not taken, and the node stops there, so that the
+last good state can be saved and the step be named.
 
 Shapes: N nodes of a level, S steps, B windows per step, W tokens per window.
 """
@@ -45,8 +45,8 @@ class Trained(NamedTuple):
 def learning_rates(settings: NodeSettings, total_steps: int) -> np.ndarray:
   """The rate of each of a node's own steps over the whole run: float32 `[total_steps]`.
 
-  All schedules warm up linearly from 0. "cosine" then falls to a tenth of the peak, "wsd" stays and
-  falls linearly to zero over the last fifth, "constant" stays. Computed once, by Optax, on the host.
+  All schedules warm up linearly. "cosine" then falls to a tenth of the peak, "wsd" stays and falls
+  linearly towards zero over the last fifth, "constant" stays. Computed once, before training.
   """
   peak, warmup = settings.learning_rate, min(settings.warmup_steps, total_steps)
   rest = max(1, total_steps - warmup)
@@ -58,10 +58,10 @@ def learning_rates(settings: NodeSettings, total_steps: int) -> np.ndarray:
       [optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, decay)], [rest - decay]
     ),
   }[settings.lr_schedule]()
-  schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after_warmup], [warmup])
-  # The first step is taken at rate 1 / warmup of the peak, not at rate 0.
-  steps = np.arange(total_steps) + (1 if warmup else 0)
-  return np.asarray(jax.vmap(schedule)(jnp.asarray(steps)), np.float32) if total_steps else np.zeros(0, np.float32)
+  step = jnp.arange(total_steps)
+  # The first step is taken at 1 / warmup of the peak, not at rate 0.
+  rates = jnp.where(step < warmup, peak * (step + 1) / max(1, warmup), after_warmup(step - warmup))
+  return np.asarray(rates, np.float32)
 
 
 def optimizer(
@@ -110,7 +110,7 @@ def train_node(
     grads = jax.tree.map(lambda g: g / num_tokens, grads)
     updates, new_state = tx.update(grads, state, params)
     new_params = optax.apply_updates(params, jax.tree.map(lambda u: -work.learning_rates[i] * u, updates))
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(new_params))
     params, state = trees.where(finite, (new_params, new_state), (params, state))
     return i + finite, finite, params, state, losses_S.at[i].set(loss / num_tokens)
 

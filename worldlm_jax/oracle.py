@@ -135,7 +135,7 @@ class Oracle:
       shared = {m.path: self.nodes[m.path].shared() for m in self.federation.subtree(q.path)[1:]}
       for child in here:
         self.fit(child, q, repeat == 0, shared)
-      if here:
+      if any(self.nodes[c.path].tokens for c in here):
         self._merge(q, here)
 
   def _train(self, q: Member) -> None:
@@ -212,6 +212,8 @@ class Oracle:
     keys = self.config.key_layers
     update = node.update if node.trained else _scaled(node.update, 0.0)
     if keys.values == "updates":
+      here = [c for c in here if self.nodes[c.path].fresh]
+      members = [self.nodes[c.path] for c in here]
       offered = [m.update for m in members]
       prior = [float(m.tokens > 0 if keys.prior == "uniform" else m.tokens) for m in members]
       candidates = [[_layer(o, i) for o in offered] for i in range(self.num_layers)]

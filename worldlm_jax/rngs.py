@@ -11,7 +11,7 @@ import jax
 
 def stable_int(*parts: str | int) -> int:
   """A 31-bit integer that depends on `parts` alone, equal on every machine and in every process."""
-  text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+  text = "\x1f".join(f"{'str' if isinstance(part, str) else 'int'}:{part}" for part in parts)
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 

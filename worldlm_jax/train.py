@@ -189,7 +189,7 @@ class _Run:
         position = self.now.positions.get(path, 0)
         if count < work.steps[row]:
           loss = float(loss_S[count])
-          what = f"the gradient is not finite (loss {loss:.4g})" if np.isfinite(loss) else f"loss is {loss}"
+          what = f"the gradient or the step is not finite (loss {loss:.4g})" if np.isfinite(loss) else f"loss is {loss}"
           where = f"step {position + int(count) + 1} of the node's own; the state before that step"
           self._stop_for_good(what, path, index, where)
         self.now.positions[path] = position + int(count)

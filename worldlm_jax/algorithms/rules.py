@@ -155,7 +155,7 @@ def up(
     params={"backbone": merged, "key_layers": key_layers}, server=server, update=update, residuals=residuals,
     tokens=level.tokens + gained, fresh=level.fresh | (gained > 0),
   )
-  return trees.where(nodes.active & members_mask.any(axis=1), after, level), log
+  return trees.where(nodes.active & (gained > 0), after, level), log  # where nobody trained, nothing is merged
 
 
 def _pool(

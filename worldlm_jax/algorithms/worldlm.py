@@ -95,6 +95,8 @@ class AttendRule(NamedTuple):
       tokens_S = below.tokens[members_S]
       uniform = self.config.prior == "uniform"
       loss = self._loss(node, backbone)
+      if self.config.values == "updates":
+        mask_S = mask_S & below.fresh[members_S]  # an old update has been used before
       mask_SxM = _masks([], None, mask_S, own)
       if self.config.values == "updates":
         layers = trees.take(below.update, members_S)
@@ -167,7 +169,7 @@ class AttendRule(NamedTuple):
     weights = attend.attention_weights(
       jnp.broadcast_to(scores, (scores.shape[0], *mask_SxM.shape)), mask_SxM, prior_S, node.temperature
     )
-    return attend.mix(own, candidates, weights, mask_SxM), jnp.mean(weights, axis=0)
+    return attend.mix(own, candidates, weights), jnp.mean(weights, axis=0)
 
   def _attend_updates(self, update, candidates, mask_SxM, prior_S):
     """What to add, the weights beta and the cosines `[S, M]`, averaged over tensors."""

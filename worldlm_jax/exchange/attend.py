@@ -98,6 +98,7 @@ def attention_weights(
   (the first of equals) without regard to the prior. All zero where no candidate is there.
   """
   mask = jnp.broadcast_to((mask_SxM & (prior_S > 0)[:, None])[None], (scores_TxSxM.shape[0], *mask_SxM.shape))
+  scores_TxSxM = jnp.where(jnp.isnan(scores_TxSxM), -jnp.inf, scores_TxSxM)  # nobody prefers what it cannot judge
   scores = jnp.where(mask, scores_TxSxM, -jnp.inf)
   hard = jax.nn.one_hot(jnp.argmax(scores, axis=1), mask.shape[1], axis=1)
   log_prior_S = jnp.log(jnp.where(prior_S > 0, prior_S, 1.0))
@@ -110,18 +111,20 @@ def attention_weights(
   return jnp.where(temperature == 0, jnp.where(mask, hard, 0.0), soft)
 
 
-def mix(query: PyTree, candidates: PyTree, weights_TxSxM: jax.Array, mask_SxM: jax.Array) -> PyTree:
+def mix(query: PyTree, candidates: PyTree, weights_TxSxM: jax.Array) -> PyTree:
   """`sum_s weight_s K_s`, leaves `[M, ...]`; the query itself where no weight is given at all.
 
-  Candidates that are not there add nothing, whatever they hold.
+  Candidates without weight add nothing, whatever they hold.
   """
-  candidates = _masked(candidates, mask_SxM)
   leaves, structure = jax.tree.flatten(query)
-  weights = jnp.broadcast_to(weights_TxSxM, (len(leaves), *mask_SxM.shape))
-  mixed = [
-    jnp.where(_expand(jnp.sum(w, axis=0) > 0, own.ndim), jnp.sum(_expand(w, own.ndim + 1) * theirs, axis=0), own)
-    for w, own, theirs in zip(weights, leaves, jax.tree.leaves(candidates), strict=True)
-  ]
+  weights = jnp.broadcast_to(weights_TxSxM, (len(leaves), *weights_TxSxM.shape[1:]))
+
+  def one(w_SxM: jax.Array, own: jax.Array, theirs: jax.Array) -> jax.Array:
+    w = _expand(w_SxM, own.ndim + 1)
+    total = jnp.sum(w * jnp.where(w > 0, theirs, 0.0), axis=0)
+    return jnp.where(_expand(jnp.sum(w_SxM, axis=0) > 0, own.ndim), total, own)
+
+  mixed = [one(*leaf) for leaf in zip(weights, leaves, jax.tree.leaves(candidates), strict=True)]
   return jax.tree.unflatten(structure, mixed)
 
 
@@ -153,13 +156,13 @@ def attend_updates(
   trained = jnp.broadcast_to(own_squared > 0, shape)
   follow = jnp.where(trained, 0.0, attention_weights(jnp.zeros(shape), mask_SxM, prior_S, jnp.float32(jnp.inf)))
   zero = trees.zeros_like(update)
-  direction = trees.add(update, mix(zero, candidates, follow, mask_SxM))
+  direction = trees.add(update, mix(zero, candidates, follow))
   direction_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], direction), granularity)
   cosines = _cosine(_inner(direction, candidates, granularity), direction_squared, _inner_self(candidates, granularity))
   cosines = jnp.broadcast_to(cosines, shape)
   relevant = jnp.where(trained & mask_SxM[None], strength * jax.nn.relu(cosines - threshold), 0.0)
   weights = relevant + follow
-  step = trees.add(direction, mix(zero, candidates, relevant, mask_SxM))
+  step = trees.add(direction, mix(zero, candidates, relevant))
   step_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], step), granularity)
   ratio = norm_cap * jnp.sqrt(own_squared / jnp.where(step_squared > 0, step_squared, 1.0))
   scale = jnp.where((own_squared > 0) & (step_squared > 0), jnp.minimum(1.0, ratio), 1.0)[:, 0]  # [T, M]
