@@ -74,6 +74,7 @@ class Harness:
     self.engine = engine_lib.Engine(self.config, self.federation, self.arch, mesh, self._validation_arrays())
     self.state = self.engine.init()
     self.logs: list[tuple[str, int, Any]] = []
+    self.positions = dict.fromkeys((m.path for m in self.federation.members), 0)
 
   def _validation_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
     empty = np.zeros((MAX_BATCH, 8), np.int32)
@@ -90,7 +91,10 @@ class Harness:
 
   def workload(self, step: schedule.Step) -> local.Workload:
     """What the nodes of a training step are to do."""
-    members, taken = self.federation.levels[step.level], np.asarray(self.state[step.level].step)
+    members = self.federation.levels[step.level]
+    taken = [self.positions[m.path] for m in members]
+    for m, active in zip(members, step.active, strict=True):
+      self.positions[m.path] += int(active) * m.settings.local_steps
     most, batch, _ = feed.workload_shape(self.federation, self.config.optimizer.microbatch_size, 7)
     windows = np.array([[windows_of(m.path, taken[i] + s) for s in range(most)] for i, m in enumerate(members)])
     windows = np.pad(windows, [(0, 0), (0, 0), (0, max(0, batch - MAX_BATCH)), (0, 0)])[:, :, :batch]

@@ -219,7 +219,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(texts, finished, tmp_pa
   summary = train.run(tiny_run(texts), workdir, reporter=listener)
   assert any(f"checkpoint {newest.name} is damaged" in text and "falling back" in text for text in listener.messages)
   assert f"resuming {workdir} after {ROUNDS - 1} of {ROUNDS} rounds" in listener.messages
-  assert (workdir / "damaged" / newest.name).is_dir()
+  assert (workdir / "damaged" / f"{newest.name}.0").is_dir()
   assert summary["nodes"] == json.loads((finished / "summary.json").read_text())["nodes"]
   assert (workdir / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
@@ -240,8 +240,8 @@ def test_a_checkpoint_of_another_version_is_refused_and_left_alone(texts, finish
   (workdir / "summary.json").unlink()
   newest = workdir / "checkpoints" / str(ROUNDS * train.PLACES_PER_ROUND)
   (record,) = newest.glob("record/metadata")
-  record.write_text(record.read_text().replace("['step']", "['steps']").replace(".step\"", ".steps\""))
-  with pytest.raises(ValueError, match=r"checkpoint=.*expected the arrays of this version's state \(.*step.*--overwrite"):
+  record.write_text(record.read_text().replace(".own_tokens\"", ".old_tokens\""))
+  with pytest.raises(ValueError, match=r"checkpoint=.*arrays of this version's state \(.*tokens.*--overwrite"):
     train.run(tiny_run(texts), workdir)
   assert newest.is_dir()
 
@@ -267,6 +267,28 @@ def test_a_full_disk_is_said_and_loses_nothing(texts, finished, tmp_path, monkey
     with pytest.raises(OSError, match=r"no space left while writing .*newest complete checkpoint is kept; free some"):
       train.run(tiny_run(texts), workdir)
   assert train.run(tiny_run(texts), workdir)["nodes"] == json.loads((finished / "summary.json").read_text())["nodes"]
+
+
+def test_a_bad_model_received_stops_the_run_for_good(texts, tmp_path):
+  """At the first phase of a round, whose place the round before has saved already."""
+  config = tiny_run(texts)
+  config.backbone.server_learning_rate = 1e30
+  for _ in range(2):  # running it again says the same
+    with pytest.raises(FloatingPointError, match=r"valid loss as received is (nan|inf) at node .*server_learning_rate"):
+      train.run(config, tmp_path / "run")
+  train.run(tiny_run(texts), tmp_path / "run", overwrite=True)
+  assert not (tmp_path / "run" / "stopped.json").exists()
+
+
+def test_other_library_versions_are_said_on_resuming(texts, finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  record = json.loads((workdir / "config.json").read_text())
+  record["versions"]["optax"] = "0.1"
+  (workdir / "config.json").write_text(json.dumps(record))
+  listener = Listener()
+  train.run(tiny_run(texts), workdir, reporter=listener)
+  assert any("not to the same bits: optax 0.1 then" in text for text in listener.messages)
 
 
 def test_too_little_space_is_said_before_training(texts, tmp_path, monkeypatch):
@@ -309,7 +331,7 @@ def test_rows_name_their_sources_and_count_their_bytes(texts, finished):
   assert last["a"]["bytes_down"] == node + len(received) * layer
   assert {(r["layer"], r["made_in_round"]) for r in received} == {(0, ROUNDS - 2), (1, ROUNDS - 2)}
   assert {r["from"] for r in received} <= {"b/r", "b/s"}
-  assert all(set(layer) == {"a/p", "a/q"} for layer in last["a"]["attention_up"])
+  assert all(set(layer) <= {"a/p", "a/q"} for layer in last["a"]["attention_up"])
   # b has no text: it follows the plain mean of its members.
   assert all(set(layer.values()) == {0.5} for layer in last["b"]["attention_up"])
   assert last["b"]["tokens"] == 0 and "personalised" not in last["b"] and "loss_nats" not in last["b"]

@@ -1,10 +1,12 @@
 """Checkpoints of a whole federation with Orbax: asynchronous, strict, checked for damage.
 
 A checkpoint holds the state of every node (ghosts left out, so that it can be restored onto another
-number of devices), a JSON record of where the run stands, and a checksum of the arrays: Orbax notices
-missing and cut files, but not a flipped bit in an array.
+number of devices) and a JSON record of where the run stands, with a checksum of the arrays: Orbax does
+not notice a flipped bit. Once it is complete, the sizes of its files are noted beside it, so that
+missing and cut files are found before Orbax stumbles over them.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from worldlm_jax import checks, config as config_lib, metrics, partition
 from worldlm_jax.config import CheckpointConfig
-from worldlm_jax.engine import State
 from worldlm_jax.federation import Federation
+from worldlm_jax.state import State
+
+SIZES = "sizes.json"
 
 
 class Restored(NamedTuple):
@@ -47,8 +51,13 @@ class Checkpoints:
       folder.absolute(), options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
     )
 
+  def has(self, number: int) -> bool:
+    """Whether there is a checkpoint of this number."""
+    return number in self._manager.all_steps()
+
   def save(self, number: int, state: State, record: dict[str, Any], loss_nats: float | None) -> None:
     """Begins to save; returns once the arrays are copied. Failures surface here or in `wait`."""
+    self.wait()
     arrays = self._without_ghosts(state)
     record = record | {"checksum": _checksum(arrays), "structure": _structure(arrays)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
@@ -59,6 +68,10 @@ class Checkpoints:
   def wait(self) -> None:
     """Returns when everything is on disk."""
     self._explained(self._manager.wait_until_finished)
+    for number in self._manager.all_steps():
+      note = self.folder / str(number) / SIZES
+      if not note.exists():
+        metrics.write_json(note, _sizes(note.parent))
 
   def close(self) -> None:
     """Ends the manager's threads; call `wait` before."""
@@ -83,11 +96,15 @@ class Checkpoints:
       except _AnotherStructure as error:
         checks.fail("checkpoint", str(self.folder / str(number)), f"the arrays of this version's state ({error})",
                     "resume with the version that wrote it (config.json names it), or start afresh with --overwrite")
+      except (MemoryError, PermissionError):
+        raise  # not the checkpoint's fault
       except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+          raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        target = self.folder.parent / "damaged" / str(number)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
+        damaged = self.folder.parent / "damaged"
+        damaged.mkdir(exist_ok=True)
+        target = damaged / f"{number}.{len(list(damaged.glob(f'{number}*')))}"
         shutil.move(self.folder / str(number), target)
         self._manager.reload()
         say(f"checkpoint {number} is damaged ({reason}); moved to {target}, falling back to the one before it")
@@ -96,11 +113,14 @@ class Checkpoints:
     return None
 
   def _restore(self, number: int, abstract: State) -> Restored:
-    arrays = jax.tree.map(
-      lambda leaf, size: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype,
-                                              sharding=partition.replicated(self._mesh)),
-      list(abstract), [jax.tree.map(lambda _, n=n: n, level) for n, level in zip(self._sizes, abstract, strict=True)],
-    )
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    arrays = [
+      jax.tree.map(lambda leaf, n=n: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype, sharding=host), level)
+      for n, level in zip(self._sizes, abstract, strict=True)
+    ]
+    folder = self.folder / str(number)
+    if (note := folder / SIZES).exists() and json.loads(note.read_text()) != _sizes(folder):
+      raise ValueError("files are missing or cut short")
     record = dict(self._manager.restore(number, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
     saved, wanted = record.pop("structure"), _structure(arrays)
     if saved != wanted:
@@ -128,6 +148,12 @@ class Checkpoints:
 
 class _AnotherStructure(Exception):
   """The checkpoint is intact, but of a state with other arrays."""
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+  """The size of every file under a checkpoint's folder but the note of sizes."""
+  files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES)
+  return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _structure(arrays: Any) -> dict[str, str]:

@@ -1,13 +1,17 @@
-"""Validators: each raises `ValueError` with name=value, what was expected, and the remedy."""
+"""Validators: each raises `InputError`, a `ValueError`, with name=value, what was expected, and the remedy."""
 
 import difflib
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 
+class InputError(ValueError):
+  """Something that the person who started the run can put right."""
+
+
 def fail(name: str, value: Any, expected: str, remedy: str = "") -> NoReturn:
-  """Raises `ValueError("name=value: expected ...; remedy")`."""
-  raise ValueError(f"{name}={value!r}: expected {expected}{'; ' + remedy if remedy else ''}")
+  """Raises `InputError("name=value: expected ...; remedy")`."""
+  raise InputError(f"{name}={value!r}: expected {expected}{'; ' + remedy if remedy else ''}")
 
 
 def require(ok: bool, name: str, value: Any, expected: str, remedy: str = "") -> None:

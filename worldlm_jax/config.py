@@ -28,8 +28,8 @@ class NodeSettings:
   weight_decay: float = 0.1  # AdamW only; norms are exempt
   clip_norm: float = 1.0  # global gradient norm; inf switches clipping off
   rounds_per_parent_round: int = 1  # rounds a federation runs with its children per round of its own
-  down_temperature: float = 0.1  # of attend when the parent's layers arrive; 0 keeps one's own
-  up_temperature: float = 0.1  # of attend over the children's layers; inf is the plain mean
+  down_temperature: float = 0.1  # of attend over layers when the parent's arrive; 0 keeps one's own (by cosines)
+  up_temperature: float = 0.1  # of attend over layers of one's children; inf is the plain mean
   acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
 
 
@@ -213,7 +213,8 @@ def check_flags(argv: Iterable[str]) -> None:
 
 
 def validate(config: Config) -> None:
-  """Checks every field that does not belong to one node. Raises `ValueError` naming the field."""
+  """Checks every field that does not belong to one node. Raises `InputError` naming the field."""
+  _validate_types(config, "config")
   for name, least in (("rounds", 1), ("nodes_at_once", 0)):
     _at_least(f"config.{name}", getattr(config, name), least)
   checks.one_of("config.schedule", config.schedule, ("parallel", "sequential"))
@@ -249,6 +250,20 @@ def validate(config: Config) -> None:
     _at_least(f"config.evaluation.{name}", getattr(config.evaluation, name), least)
   for name, least in (("every_rounds", 1), ("keep_last", 1), ("keep_best", 0)):
     _at_least(f"config.checkpoint.{name}", getattr(config.checkpoint, name), least)
+
+
+def _validate_types(config: Any, name: str) -> None:
+  """Config files are Python, where nothing else keeps a word from standing where a number should."""
+  for field in dataclasses.fields(config):
+    value, where = getattr(config, field.name), f"{name}.{field.name}"
+    if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+      checks.require(isinstance(value, field.type), where, value, f"a {field.type.__name__}")
+      _validate_types(value, where)
+    elif field.type in (int, float, str, bool):
+      accepted = (int, float) if field.type is float else field.type
+      ok = isinstance(value, accepted) and (field.type is bool or not isinstance(value, bool))
+      words = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}[field.type]
+      checks.require(ok, where, value, words)
 
 
 def _validate_model(model: ModelConfig) -> None:

@@ -18,10 +18,8 @@ from worldlm_jax.algorithms import rules, worldlm
 from worldlm_jax.config import Config
 from worldlm_jax.federation import Federation
 
-SCORE_BATCH = 32  # windows per forward pass when scoring
-
-State = tuple[state_lib.LevelState, ...]
-
+SCORE_BATCH = 32  # windows per forward pass when scoring, unless their logits are too many
+SCORE_LOGITS = 2**26
 
 class WaveLog(NamedTuple):
   """The training of one wave: which rows of the level, and how they fared."""
@@ -52,23 +50,28 @@ class Engine:
     self.topologies = [state_lib.topology(federation, level, mesh) for level in range(len(federation.levels))]
     self.validation = validation
     self.nodes_at_once = config.nodes_at_once or partition.choose_nodes_at_once(
-      max(len(level) for level in federation.levels), model.abstract_params(arch), mesh
+      max(len(level) for level in federation.levels), model.abstract_params(arch), self.abstract_state(), mesh
     )
+    logits_per_window = config.data.sequence_length * arch.vocab_size
+    self._score_batch = int(np.clip(SCORE_LOGITS // logits_per_window, 1, SCORE_BATCH))
+    self._nodes = [self._constants(level) for level in range(len(federation.levels))]
     self.compile_seconds = 0.0
     self._compiled: dict[tuple, Callable] = {}
 
-  def init(self) -> State:
+  def init(self) -> state_lib.State:
     """The state before the first round; every node starts from the same parameters."""
     return jax.jit(self._init, out_shardings=partition.node_sharding(self.mesh))(rngs.key(self.config.seed, "init"))
 
-  def abstract_state(self) -> State:
+  def abstract_state(self) -> state_lib.State:
     """The shapes and dtypes of the state, without computing it."""
     return jax.eval_shape(self._init, rngs.key(self.config.seed, "init"))
 
-  def _init(self, key: jax.Array) -> State:
-    return state_lib.init(self.config, self.federation, self.mesh, model.init(self.arch, key))
+  def _init(self, key: jax.Array) -> state_lib.State:
+    return state_lib.init(self.config, self.federation, self.topologies, model.init(self.arch, key))
 
-  def down(self, state: State, step: schedule.Step, round_index: int) -> tuple[State, dict[str, jax.Array]]:
+  def down(
+    self, state: state_lib.State, step: schedule.Step, round_index: int
+  ) -> tuple[state_lib.State, rules.Log]:
     """The down-phase of `step.level`: the new state and the exchange's log."""
     level, topology = step.level, self.topologies[step.level]
     deeper = {j: r for j in topology.eligible if j > level and (r := state[j].residuals) is not None}
@@ -78,14 +81,14 @@ class Engine:
       return rules.down(self.algorithm, topology, own, above, deeper, nodes, phase)
 
     new, log = self._call(
-      ("down", level), phase, state[level], above, deeper, self._inputs(level, step.active, "down_temperature"),
+      ("down", level), phase, state[level], above, deeper, self._inputs(level, step.active, "down"),
       rules.PhaseInputs(np.int32(round_index), np.bool_(step.first_repeat)),
     )
     return _with_level(state, level, new), log
 
   def up(
-    self, state: State, step: schedule.Step, members_active: np.ndarray, round_index: int
-  ) -> tuple[State, dict[str, jax.Array]]:
+    self, state: state_lib.State, step: schedule.Step, members_active: np.ndarray, round_index: int
+  ) -> tuple[state_lib.State, rules.Log]:
     """The up-phase of `step.level`; `members_active` says who of the level below took part."""
     level = step.level
 
@@ -96,12 +99,12 @@ class Engine:
 
     new, log = self._call(
       ("up", level), phase, state[level], state[level + 1], self._pad(level + 1, members_active),
-      self._inputs(level, step.active, "up_temperature"),
+      self._inputs(level, step.active, "up"),
       rules.PhaseInputs(np.int32(round_index), np.bool_(step.first_repeat)),
     )
     return _with_level(state, level, new), log
 
-  def train(self, state: State, level: int, work: local.Workload) -> tuple[State, list[WaveLog]]:
+  def train(self, state: state_lib.State, level: int, work: local.Workload) -> tuple[state_lib.State, list[WaveLog]]:
     """Local training of a level, wave by wave; `work` has leaves `[n, ...]`.
 
     All levels share one compiled program as long as their waves and workloads have the same shape.
@@ -131,13 +134,13 @@ class Engine:
     tokens = jnp.float32(trained.steps * work.batch_size * (work.windows.shape[-1] - 1))
     new = own._replace(
       params=trained.params, opt_state=trained.opt_state, update=trees.where(took_part, moved, own.update),
-      step=own.step + trained.steps, own_tokens=own.own_tokens + tokens, tokens=own.tokens + tokens,
+      own_tokens=own.own_tokens + tokens, tokens=own.tokens + tokens,
       trained=own.trained | took_part, fresh=own.fresh | took_part,
     )
     return new, (trained.losses, trained.steps)
 
   def score(
-    self, state: State, level: int, windows: np.ndarray, counts: np.ndarray
+    self, state: state_lib.State, level: int, windows: np.ndarray, counts: np.ndarray
   ) -> list[tuple[np.ndarray, jax.Array]]:
     """Scores a level's nodes on windows `[n, E, W]`, of which the first `counts[n]` count.
 
@@ -151,10 +154,10 @@ class Engine:
       if not wanted.any():
         continue
       params = self._take(("take params", level), state[level].params, start, len(rows))
-      for begin in range(0, int(wanted.max()), SCORE_BATCH):
-        batch = windows[rows, begin : begin + SCORE_BATCH]
-        batch = np.pad(batch, [(0, 0), (0, SCORE_BATCH - batch.shape[1]), (0, 0)])
-        here = np.clip(wanted - begin, 0, SCORE_BATCH).astype(np.int32)
+      for begin in range(0, int(wanted.max()), self._score_batch):
+        batch = windows[rows, begin : begin + self._score_batch]
+        batch = np.pad(batch, [(0, 0), (0, self._score_batch - batch.shape[1]), (0, 0)])
+        here = np.clip(wanted - begin, 0, self._score_batch).astype(np.int32)
         arguments = params, self._put(batch), self._put(here)
         found.append((rows, self._call(("score", len(rows)), score, *arguments, donate=False, logs=False)))
     return found
@@ -172,19 +175,25 @@ class Engine:
     """Whether this step's program has been compiled before."""
     return any(name[0] == step.kind and (step.kind == "train" or name[1] == step.level) for name in self._compiled)
 
-  def _inputs(self, level: int, active: np.ndarray, temperature: str) -> rules.NodeInputs:
+  def _inputs(self, level: int, active: np.ndarray, phase: str) -> rules.NodeInputs:
+    return self._nodes[level][phase]._replace(active=self._pad(level, active))
+
+  def _constants(self, level: int) -> dict[str, rules.NodeInputs]:
+    """What a level's nodes bring to the down- and the up-phase, but for who is active."""
     members = self.federation.levels[level]
     windows = np.zeros((len(members), 0, self.config.data.sequence_length + 1), np.int32)
     counts = np.zeros(len(members), np.int32)
     if self.validation is not None:
       windows, counts = self.validation[level]
-    return rules.NodeInputs(
-      self._pad(level, active),
-      self._pad(level, np.array([getattr(m.settings, temperature) for m in members], np.float32)),
-      self._pad(level, np.array([m.settings.acceptance == "validated" for m in members])),
-      self._pad(level, windows),
-      self._pad(level, counts),
-    )
+    validated = np.array([m.settings.acceptance == "validated" for m in members])
+    shared = [self._pad(level, array) for array in (validated, windows, counts)]
+    temperatures = {
+      "down": [m.settings.down_temperature for m in members], "up": [m.settings.up_temperature for m in members]
+    }
+    return {
+      phase: rules.NodeInputs(None, self._pad(level, np.array(values, np.float32)), *shared)
+      for phase, values in temperatures.items()
+    }
 
   def _pad(self, level: int, array: np.ndarray) -> jax.Array:
     return self._put(self._pad_host(level, array))
@@ -229,5 +238,5 @@ def needs_validation(config: Config, federation: Federation) -> bool:
   return worldlm.needs_validation_batch(config.key_layers, any_validated(federation))
 
 
-def _with_level(state: State, level: int, new: state_lib.LevelState) -> State:
+def _with_level(state: state_lib.State, level: int, new: state_lib.LevelState) -> state_lib.State:
   return (*state[:level], new, *state[level + 1 :])

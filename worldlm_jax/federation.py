@@ -142,7 +142,7 @@ def _configured_tree(federation: config_lib.FederationConfig) -> config_lib.Node
   if federation.yaml:
     return _tree_from_yaml(Path(federation.yaml))
   if federation.folder:
-    folder = Path(federation.folder)
+    folder = Path(federation.folder).expanduser()
     checks.require(folder.is_dir(), "config.federation.folder", federation.folder, "an existing folder")
     return _tree_from_folder(folder, folder.resolve().name)
   assert federation.root is not None
@@ -154,7 +154,8 @@ def _tree_from_folder(folder: Path, name: str) -> config_lib.Node:
   try:
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
   except OSError as error:
-    raise ValueError(f"federation.folder: {folder} cannot be read ({error.strerror}); make it readable") from error
+    message = f"federation.folder: {folder} cannot be read ({error.strerror}); make it readable"
+    raise checks.InputError(message) from error
   names = [entry for entry in entries if not entry.name.startswith((".", "__"))]
   children = [_tree_from_folder(Path(entry.path), entry.name) for entry in names if entry.is_dir()]
   has_text = any(entry.is_file() and entry.name.endswith(".txt") for entry in names)
@@ -170,7 +171,7 @@ def _tree_from_yaml(path: Path) -> config_lib.Node:
   try:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
   except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-    raise ValueError(f"config.federation.yaml={str(path)!r}: expected a readable YAML file; {error}") from error
+    raise checks.InputError(f"config.federation.yaml={str(path)!r}: expected a readable YAML file; {error}") from error
 
   def build(entry: Any, where: str) -> config_lib.Node:
     if not isinstance(entry, dict):

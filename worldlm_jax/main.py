@@ -10,6 +10,7 @@ The same command again resumes. Exit codes: 0 finished, 1 stopped by an error in
 
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -49,9 +50,15 @@ def main(_: list[str]) -> int:
   except train.Interrupted as stop:
     print(stop, file=sys.stderr)
     return INTERRUPTED
-  except (ValueError, FloatingPointError, OSError) as error:
+  except (checks.InputError, FloatingPointError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
-    return BAD_INPUT if isinstance(error, ValueError) else FAILED
+    return BAD_INPUT if isinstance(error, checks.InputError) else FAILED
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    print(f"error: {str(error).splitlines()[0]}\ntry a lower --config.nodes_at_once or "
+          "--config.optimizer.microbatch_size, or --config.model.remat", file=sys.stderr)
+    return FAILED
   print(progress.closing_lines(summary, str(_WORKDIR.value)))
   return OK
 

@@ -122,6 +122,7 @@ class Oracle:
       node.backbone = self.nodes[parent.path].backbone
       if self.num_layers:
         self._attend_down(q, parent, first_repeat, last)
+    node.update = _scaled(node.update, 0.0)
     node.own_tokens = node.tokens = 0
     node.trained = node.fresh = False
     level = 0 if q.parent is None else q.path.count("/") + 1
@@ -185,6 +186,8 @@ class Oracle:
       mixed, _ = self._attend_layers(
         q, node.key_layers, *query, candidates, None, q.settings.down_temperature, node.backbone
       )
+      if q.settings.down_temperature == 0 and keys.similarity.endswith("cosine"):
+        mixed = node.key_layers  # by any cosine a node is most like itself
     node.key_layers = self._accept(q, node.key_layers, mixed, node.backbone)
 
   def _merge(self, p: Member, here: list[Member]) -> None:
@@ -210,23 +213,22 @@ class Oracle:
   def _merge_key_layers(self, p: Member, here: list[Member]) -> None:
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
     keys = self.config.key_layers
-    update = node.update if node.trained else _scaled(node.update, 0.0)
+    base = node.update if node.trained else _scaled(node.update, 0.0)
     if keys.values == "updates":
       here = [c for c in here if self.nodes[c.path].fresh]
       members = [self.nodes[c.path] for c in here]
       offered = [m.update for m in members]
       prior = [float(m.tokens > 0 if keys.prior == "uniform" else m.tokens) for m in members]
       candidates = [[_layer(o, i) for o in offered] for i in range(self.num_layers)]
-      addition, use = self._attend_updates(update, candidates, prior)
+      addition, use = self._attend_updates(base, candidates, prior)
       mixed = _sum([node.key_layers, addition], [1.0, 1.0])
-      if not node.trained:
-        node.update = addition
+      node.update = _sum([node.update, addition], [1.0, 1.0])  # its members' progress is its own
     else:
       offered = [m.key_layers for m in members]
       own = [node.key_layers] if node.trained else []
       prior = [float(node.own_tokens)] * len(own) + [float(m.tokens) for m in members]
       mixed, weights = self._attend_layers(
-        p, node.key_layers, *self._query(node.key_layers, update, node.key_layers),
+        p, node.key_layers, *self._query(node.key_layers, base, _sum([node.key_layers, base], [1.0, -1.0])),
         [[_layer(o, i) for o in own + offered] for i in range(self.num_layers)],
         None if keys.prior == "uniform" else prior, p.settings.up_temperature, node.backbone,
       )
@@ -258,12 +260,12 @@ class Oracle:
   def _routing_score(self, direction: Layers, origin: Layers | None, pool: list[Residual], r: Residual) -> float:
     moved = self._displacement(r.layer, origin, r.index)
     query = _layer(direction, r.index)
-    if not any(_dot(t, t) for tensor in direction for t in tensor):
+    if not any(t.any() for tensor in direction for t in tensor):
       everyone = [self._displacement(o.layer, origin, o.index) for o in pool if o.index == r.index]
       query = [np.mean(tensors, axis=0) for tensors in zip(*everyone, strict=True)]
     a, b = np.concatenate(query), np.concatenate(moved)
     if self.config.key_layers.similarity == "scaled_dot":
-      return _dot(a, b) / np.sqrt(a.size)
+      return float(a @ b) / np.sqrt(a.size)
     return _cosine(a, b)
 
   def _displacement(self, layer: list[np.ndarray], origin: Layers | None, i: int) -> list[np.ndarray]:
@@ -273,7 +275,7 @@ class Oracle:
     """Softmax attention over whole layers: mixed layers, and per layer the weights `[S]`, averaged over tensors."""
     keys = self.config.key_layers
     moved = [[self._displacement(layer, origin, i) for layer in c] for i, c in enumerate(candidates)]
-    if not any(_dot(t, t) for tensor in direction for t in tensor):
+    if not any(t.any() for tensor in direction for t in tensor):
       mean = [[np.mean([layer[t] for layer in c], axis=0) for t in range(len(self.shapes))] for c in moved]
       direction = [[mean[i][t] for i in range(self.num_layers)] for t in range(len(self.shapes))]
     result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
@@ -292,7 +294,7 @@ class Oracle:
               swapped[t][j] = candidates[j][s][t]
             scores.append(-self._validation_loss(q, swapped, backbone))
           elif keys.similarity == "scaled_dot":
-            scores.append(_dot(a, b) / np.sqrt(a.size))
+            scores.append(float(a @ b) / np.sqrt(a.size))
           else:
             scores.append(_cosine(a, b))
         w = _softmax(np.array(scores), prior, temperature)
@@ -311,7 +313,7 @@ class Oracle:
     cosines = [np.zeros((len(self.shapes), len(c))) for c in candidates]
     for unit in self._units():
       own_vector = np.concatenate([own[t][i] for t, i in unit])
-      trained = bool(_dot(own_vector, own_vector))
+      trained = bool(own_vector.any())
       steps = {(t, i): own[t][i] for t, i in unit}
       if not trained:  # follow the others' mean
         for t, i in unit:
@@ -410,10 +412,6 @@ def _scaled(layers: Layers, factor: float) -> Layers:
   return [[factor * layer for layer in tensor] for tensor in layers]
 
 
-def _dot(a: np.ndarray, b: np.ndarray) -> float:
-  return float(np.dot(a, b))
-
-
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
   norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-  return _dot(a, b) / norms if norms else 0.0
+  return float(a @ b) / norms if norms else 0.0

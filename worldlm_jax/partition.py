@@ -34,11 +34,6 @@ def node_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(NODE))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """A full copy on every device."""
-  return NamedSharding(mesh, PartitionSpec())
-
-
 def pad_nodes(array: np.ndarray, mesh: Mesh) -> np.ndarray:
   """Fills axis 0 up to `padded_size` with zeros: the ghosts."""
   ghosts = padded_size(array.shape[0], mesh) - array.shape[0]
@@ -84,17 +79,17 @@ def waves(num_rows: int, size: int, mesh: Mesh) -> Iterator[tuple[int, np.ndarra
     yield start, rows, np.tile(within >= begin, mesh.shape[NODE])
 
 
-def choose_nodes_at_once(num_nodes: int, params: trees.PyTree, mesh: Mesh) -> int:
+def choose_nodes_at_once(num_nodes: int, params: trees.PyTree, state: trees.PyTree, mesh: Mesh) -> int:
   """How many of a device's nodes train side by side when the config leaves it open.
 
   On CPUs one, since a single node already fills the cores. Elsewhere as many as fit into three
-  quarters of the device's free memory, at 7 times the parameters' bytes each: parameters and
-  moments, gradients, their update, and as much again for activations.
+  quarters of what the device has free beside its share of the state, at 7 times the parameters' bytes
+  each: parameters and moments, gradients, their update, and as much again for activations.
   """
   device = mesh.devices.flat[0]
   share = padded_size(num_nodes, mesh) // mesh.shape[NODE]
   stats = None if device.platform == "cpu" else device.memory_stats()
   if not stats:
     return 1
-  free = stats["bytes_limit"] - stats["bytes_in_use"]
+  free = stats["bytes_limit"] - stats["bytes_in_use"] - trees.num_bytes(state) / mesh.shape[NODE]
   return int(np.clip(0.75 * free / (7 * trees.num_bytes(params)), 1, share))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from worldlm_jax import engine, state as state_lib, trees
+from worldlm_jax import state as state_lib, trees
 from worldlm_jax.config import KeyLayerConfig
 from worldlm_jax.federation import ROOT, Federation
 from worldlm_jax.scoring import Score
@@ -21,6 +21,14 @@ def blank(federation: Federation, round_index: int) -> Rows:
   }
 
 
+def add_training(row: dict[str, Any], losses_nats: np.ndarray) -> None:
+  """Adds the losses of a node's optimizer steps to its row; repeats within a round add up."""
+  before = row.get("steps", 0)
+  mean = (row.get("loss_nats", 0.0) * before + float(np.sum(losses_nats))) / (before + len(losses_nats))
+  row |= {"steps": before + len(losses_nats), "loss_nats": mean, "loss_nats_last": float(losses_nats[-1])}
+  row.setdefault("loss_nats_first", float(losses_nats[0]))
+
+
 def score_record(score: Score, bytes_per_token: float) -> dict[str, float]:
   """A score in the three units that people ask for."""
   return {
@@ -33,7 +41,8 @@ class Exchanges:
 
   Bytes count what crosses the edge between a node and its parent, as float32: the backbone, the key
   layers (or their update) and residual layers, each time they travel. With attention over updates the
-  parent does the mixing, so that no residual update is sent on to a leaf.
+  parent does the mixing, so that no residual update is sent on to a leaf. Where phases repeat within
+  a round, bytes add up and attention is the last repeat's.
   """
 
   def __init__(self, federation: Federation, config: KeyLayerConfig, params: trees.PyTree):
@@ -51,7 +60,7 @@ class Exchanges:
       if not active[i] or member.parent is None:
         continue
       row = rows[member.path]
-      origins = np.asarray(log.get("routed_origin", np.full((i + 1, 0, 0), -1)))[i]
+      origins = np.asarray(log["routed_origin"])[i] if "routed_origin" in log else np.zeros((0, 0), int)
       forwards = not self._over_updates or self._federation.is_federation(level)[i]
       row["bytes_down"] += self._node_bytes + int((origins >= 0).sum()) * self._layer_bytes * bool(forwards)
       if "weights" not in log:
@@ -70,7 +79,7 @@ class Exchanges:
         names += [every(self._federation.levels[level][s].path if there else "") for s, there in siblings]
       weights = np.asarray(log["weights"])[i]
       row["attention_down"] = _by_source(names, weights)
-      row["accepted"] = bool(np.asarray(log["accepted"])[i])
+      row["accepted_down"] = bool(np.asarray(log["accepted"])[i])
       if num_residuals:
         made = np.asarray(log["routed_round"])[i]
         row["residuals_received"] = [
@@ -99,6 +108,7 @@ class Exchanges:
         ]
         weights = np.asarray(log["weights"])[i]
         rows[member.path]["attention_up"] = _by_source([name * weights.shape[-1] for name in names], weights)
+        rows[member.path]["accepted_up"] = bool(np.asarray(log["accepted"])[i])
 
   def _residuals_below(self, path: str, present: Mapping[int, np.ndarray]) -> int:
     inside = {m.path for m in self._federation.subtree(path)}
@@ -108,7 +118,7 @@ class Exchanges:
     )
 
 
-def present_residuals(state: engine.State, federation: Federation) -> dict[int, np.ndarray]:
+def present_residuals(state: state_lib.State, federation: Federation) -> dict[int, np.ndarray]:
   """Which residual layers the federations of each level hold: bool `[n, R, M]` by level."""
   return {
     level: np.asarray(own.residuals.present)[: len(federation.levels[level])]
@@ -168,10 +178,10 @@ def top_source(row: Mapping[str, Any]) -> str:
 
 
 def _by_source(names: list[list[str]], weights_SxM: np.ndarray) -> list[dict[str, float]]:
-  """Per layer, the weight of each named source; the same source twice adds up."""
+  """Per layer, the weight of each named source that has any; the same source twice adds up."""
   layers: list[dict[str, float]] = [{} for _ in range(weights_SxM.shape[1])]
   for name, weights in zip(names, weights_SxM, strict=True):
     for k, layer in enumerate(layers):
-      if name[k]:
+      if name[k] and weights[k]:
         layer[name[k]] = round(layer.get(name[k], 0.0) + float(weights[k]), 6)
   return layers

@@ -4,6 +4,7 @@ All of it survives in a checkpoint. Leaves have a leading node axis `[N]`, N bei
 rounded up to the mesh (ghosts included); M is the number of key layers.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,14 +23,16 @@ class LevelState(NamedTuple):
   params: model.Params  # {"backbone", "key_layers"}, leaves [N, ...]
   opt_state: trees.PyTree  # the local optimizer's moments
   server: trees.PyTree  # the server optimizer's state; only where the level has federations
-  update: trees.PyTree  # what the last local training changed in the key layers, leaves [N, M, ...]
+  update: trees.PyTree  # what training changed in the key layers since the last down-phase, leaves [N, M, ...]
   residuals: residuals.Residuals | None  # sent up by the level's federations, [N, R, M, ...]
   received: residuals.Residuals | None  # routed to the level's nodes, [N, R, M, ...]
-  step: jax.Array  # int32 [N]: optimizer steps made so far, which is the position in the node's data
   own_tokens: jax.Array  # float32 [N]: tokens the node itself trained on since its last down-phase
   tokens: jax.Array  # float32 [N]: the same for its whole subtree
   trained: jax.Array  # bool [N]: whether the node trained since its last down-phase
   fresh: jax.Array  # bool [N]: whether `update` is news to the others since its last down-phase
+
+
+State = tuple[LevelState, ...]
 
 
 class Topology(NamedTuple):
@@ -78,23 +81,17 @@ def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh) -> Top
   )
 
 
-def receives_residuals(federation: Federation, mesh: jax.sharding.Mesh) -> list[bool]:
-  """Per level, whether residual layers can reach it: some are eligible there or reach the level above."""
-  reached: list[bool] = []
-  for level in range(len(federation.levels)):
-    reached.append(bool(topology(federation, level, mesh).eligible) or (level > 0 and reached[-1]))
-  return reached
-
-
 def init(
-  config: Config, federation: Federation, mesh: jax.sharding.Mesh, params: model.Params
-) -> tuple[LevelState, ...]:
+  config: Config, federation: Federation, topologies: Sequence[Topology], params: model.Params
+) -> State:
   """The state before the first round: all nodes hold the same parameters. Traceable; leaves `[N, ...]`."""
   tx, server = local.optimizer(config.optimizer), backbone.server_optimizer(config.backbone)
   key_layers = params["key_layers"]
   sends, receives = config.key_layers.residuals_per_layer, config.key_layers.residuals_received
   exchanges_residuals = bool(key_layers) and sends > 0 and receives > 0
-  reached = receives_residuals(federation, mesh)
+  reached = [bool(own.eligible) for own in topologies]  # residual layers come from the pool of one's side of the tree
+  for level in range(1, len(reached)):
+    reached[level] |= reached[level - 1]  # and from what the parent received
 
   def node(level: int) -> LevelState:
     has_federations = bool(federation.is_federation(level).any())
@@ -105,7 +102,6 @@ def init(
       update=trees.zeros_like(key_layers),
       residuals=residuals.empty(key_layers, sends) if exchanges_residuals and has_federations and level else None,
       received=residuals.empty(key_layers, receives) if exchanges_residuals and reached[level] else None,
-      step=jnp.int32(0),
       own_tokens=jnp.float32(0),
       tokens=jnp.float32(0),
       trained=jnp.bool_(False),
@@ -113,7 +109,7 @@ def init(
     )
 
   def stacked(level: int) -> LevelState:
-    size = partition.padded_size(len(federation.levels[level]), mesh)
+    size = len(topologies[level].member)
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), node(level))
 
   return tuple(stacked(level) for level in range(len(federation.levels)))

@@ -1,6 +1,7 @@
 """The main job: `run` trains a federation from a config, in a work directory that it can resume from."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 
 from worldlm_jax import (
   checkpoint,
+  checks,
   config as config_lib,
   engine as engine_lib,
   federation as federation_lib,
@@ -26,6 +28,7 @@ from worldlm_jax import (
   progress,
   records,
   schedule,
+  state as state_lib,
   trees,
   workdir as workdir_lib,
 )
@@ -48,11 +51,10 @@ class Progress:
   positions: dict[str, int] = dataclasses.field(default_factory=dict)  # optimizer steps made, by node
   tokens: dict[str, int] = dataclasses.field(default_factory=dict)  # trained on, by node
   rows: records.Rows = dataclasses.field(default_factory=dict)  # of the unfinished round
-  previous: dict[str, float] = dataclasses.field(default_factory=dict)  # last personalised perplexity, by node
+  losses: dict[str, float] = dataclasses.field(default_factory=dict)  # last personalised valid loss, by node
   test: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # personalised, by node
   bytes: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # [down, up] so far, by node
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-  stopped: str = ""  # why the run cannot go on
 
 
 def run(config: config_lib.Config, workdir: str | Path, *, overwrite: bool = False,
@@ -69,7 +71,7 @@ def run(config: config_lib.Config, workdir: str | Path, *, overwrite: bool = Fal
     The content of summary.json.
 
   Raises:
-    ValueError: bad input, found before anything is compiled.
+    checks.InputError: bad input (a ValueError), found before anything is compiled.
     FloatingPointError: a loss was not finite; the state before that step is saved.
     Interrupted: SIGTERM or SIGINT came; everything is saved.
     OSError: the disk is full; the newest complete checkpoint is kept.
@@ -92,18 +94,27 @@ class _Run:
     self.engine = engine_lib.Engine(config, self.federation, self.arch, self.mesh, validation if needed else None)
     abstract = self.engine.abstract_state()
     workdir_lib.check_space(workdir, trees.num_bytes(abstract), config.checkpoint)
-    workdir_lib.claim(workdir, workdir_lib.describe(config, self.federation, digests), overwrite=overwrite)
+    description = workdir_lib.describe(config, self.federation, digests)
+    changed = workdir_lib.claim(workdir, description, overwrite=overwrite)
+    if changed:
+      reporter.message(f"resuming with other versions, so not to the same bits: {'; '.join(changed)}")
+    if (stopped := workdir / "stopped.json").exists():
+      raise FloatingPointError(f"this run cannot go on: {json.loads(stopped.read_text(encoding='utf-8'))['reason']}")
     self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, self.federation, self.mesh)
     self.rounds = [
       (stage, index == config.rounds - 1)
       for stage in schedule.stages(self.federation, config.schedule) for index in range(config.rounds)
     ]
+    for stage, _ in self.rounds[:: config.rounds]:
+      places = len(schedule.round_steps(self.federation, stage))
+      checks.require(places < PLACES_PER_ROUND, "rounds_per_parent_round", places, f"fewer than {PLACES_PER_ROUND} "
+                     "phases in one round of the root", "repeat less often further down the tree")
     self.exchanges = records.Exchanges(self.federation, config.key_layers, model.abstract_params(self.arch))
     self.valid = self._windows("valid", config.evaluation.valid_windows)
     self.test = self._windows("test", config.evaluation.test_windows)
     self.now = Progress()
     self.state = self._restore_or_begin(abstract)
-    self.signal, self.saved = "", -1
+    self.signal = ""
 
   def to_the_end(self) -> dict[str, Any]:
     """Runs what is left and returns the summary."""
@@ -112,9 +123,9 @@ class _Run:
       self.reporter.message(f"{self.workdir} holds this run, finished; --overwrite starts afresh")
       self.checkpoints.close()
       return json.loads(summary.read_text(encoding="utf-8"))
-    feed = feed_lib.Feed(self._workloads())
-    self.reporter.start(self._title(), len(self.rounds), self.now.round)
+    feed = feed_lib.Feed(self._workloads(copy.deepcopy(self.now)))
     try:
+      self.reporter.start(self._title(), len(self.rounds), self.now.round)
       with self._signals():
         for index in range(self.now.round, len(self.rounds)):
           self._round(index, feed)
@@ -195,10 +206,7 @@ class _Run:
         self.now.positions[path] = position + int(count)
         tokens = int(count) * members[row].settings.batch_size * self.config.data.sequence_length
         self.now.tokens[path] = self.now.tokens.get(path, 0) + tokens
-        self.now.rows[path] |= {
-          "loss_nats": float(np.mean(loss_S[:count])), "loss_nats_first": float(loss_S[0]),
-          "loss_nats_last": float(loss_S[count - 1]),
-        }
+        records.add_training(self.now.rows[path], loss_S[:count])
 
   def _evaluate(self, index: int, kind: str, level: int, mask: np.ndarray) -> None:
     for path, score in self._scores(level, self.valid[level], mask).items():
@@ -222,28 +230,30 @@ class _Run:
       row["tokens"] = now.tokens.get(member.path, 0)
       total = now.bytes.setdefault(member.path, [0, 0])
       now.bytes[member.path] = [total[0] + row["bytes_down"], total[1] + row["bytes_up"]]
-      personalised = row.get("personalised", {}).get("perplexity")
+      before = Score(now.losses[member.path], 1).perplexity if member.path in now.losses else None
       shown.append(progress.Row(
         member.path, member.name, federation_lib.depth(member.path), row["tokens"], row.get("loss_nats"),
-        row.get("received", {}).get("perplexity"), personalised, now.previous.get(member.path), records.top_source(row),
+        row.get("received", {}).get("perplexity"), row.get("personalised", {}).get("perplexity"), before,
+        records.top_source(row),
       ))
-      if personalised is not None:
-        now.previous[member.path] = personalised
+      if "personalised" in row:
+        now.losses[member.path] = row["personalised"]["loss_nats"]
     metrics.append_jsonl(self.workdir / "metrics.jsonl", now.rows.values())
-    losses = [row["personalised"]["loss_nats"] for row in now.rows.values() if "personalised" in row]
     now.round, now.step, now.rows = index + 1, 0, {}
     if (index + 1) % self.config.checkpoint.every_rounds == 0 or index + 1 == len(self.rounds):
-      self._save(float(np.mean(losses)) if losses else None)
+      # A mean over the nodes that have trained so far could not be compared with one over all.
+      everybody = len(now.losses) == sum(schedule.trains(self.federation, d).sum() for d in range(len(self.valid)))
+      self._save(float(np.mean(list(now.losses.values()))) if everybody and now.losses else None)
     self.reporter.round(index, shown, seconds)
 
   def _save(self, loss_nats: float | None) -> None:
-    with self._timed("saving"):
-      self.saved = self.now.round * PLACES_PER_ROUND + self.now.step
-      self.checkpoints.save(self.saved, self.state, dataclasses.asdict(self.now), loss_nats)
+    number = self.now.round * PLACES_PER_ROUND + self.now.step
+    if not self.checkpoints.has(number):
+      with self._timed("saving"):
+        self.checkpoints.save(number, self.state, dataclasses.asdict(self.now), loss_nats)
 
-  def _stop(self, round_index: int) -> None:
-    if self.saved != self.now.round * PLACES_PER_ROUND + self.now.step:
-      self._save(None)
+  def _stop(self, round_index: int) -> NoReturn:
+    self._save(None)
     self.checkpoints.wait()
     raise Interrupted(
       f"stopped by {self.signal} in round {round_index + 1}; everything is saved, run the same command again to resume"
@@ -251,29 +261,29 @@ class _Run:
 
   def _stop_for_good(self, what: str, path: str, index: int, where: str) -> NoReturn:
     """Saves the state, marks the run as one that cannot go on, and says what to change."""
-    self.now.stopped = (
-      f"{what} at node {path!r}, round {index + 1}, {where} is saved in {self.workdir / 'checkpoints'}. Lower "
-      f"learning_rate or clip_norm there (--node={path}.learning_rate=...) and start afresh with --overwrite"
-    )
     self._save(None)
     self.checkpoints.wait()
-    raise FloatingPointError(self.now.stopped)
+    reason = (
+      f"{what} at node {path!r}, round {index + 1}, {where} is saved in {self.workdir / 'checkpoints'}. Lower "
+      f"learning_rate or clip_norm there (--node={path}.learning_rate=...), or config.backbone.server_learning_rate "
+      "if the model was bad as received, and start afresh with --overwrite"
+    )
+    metrics.write_json(self.workdir / "stopped.json", {"reason": reason})
+    raise FloatingPointError(reason)
 
-  def _restore_or_begin(self, abstract: engine_lib.State) -> engine_lib.State:
+  def _restore_or_begin(self, abstract: state_lib.State) -> state_lib.State:
     restored = self.checkpoints.restore_newest(abstract, self.reporter.message)
     log = self.workdir / "metrics.jsonl"
     if restored is None:
       log.unlink(missing_ok=True)
       return self.engine.init()
     self.now = Progress(**restored.record)
-    if self.now.stopped:
-      raise FloatingPointError(f"this run cannot go on: {self.now.stopped}")
     metrics.keep_jsonl(log, lambda row: row["round"] < self.now.round)
     self.reporter.message(f"resuming {self.workdir} after {self.now.round} of {len(self.rounds)} rounds")
     return restored.state
 
-  def _workloads(self) -> Iterator[local.Workload]:
-    """What remains to be trained on, in order."""
+  def _workloads(self, now: Progress) -> Iterator[local.Workload]:
+    """What remains to be trained on from `now`, in order."""
     batches = {
       m.path: batches_lib.NodeBatches(self.texts[m.path].train, m.settings.batch_size, self.config.seed, m.path)
       for m in self.federation.members if m.data is not None
@@ -286,11 +296,10 @@ class _Run:
     shape = feed_lib.workload_shape(
       self.federation, self.config.optimizer.microbatch_size, self.config.data.sequence_length
     )
-    positions = {m.path: self.now.positions.get(m.path, 0) for m in self.federation.members}
-    first, skip = self.now.round, self.now.step
-    for index in range(first, len(self.rounds)):
+    positions = {m.path: now.positions.get(m.path, 0) for m in self.federation.members}
+    for index in range(now.round, len(self.rounds)):
       steps = schedule.round_steps(self.federation, self.rounds[index][0])
-      for step in steps[skip if index == first else 0 :]:
+      for step in steps[now.step if index == now.round else 0 :]:
         if step.kind == "train":
           yield feed_lib.workload(self.federation, step, batches, rates, positions, shape)
           for member, active in zip(self.federation.levels[step.level], step.active, strict=True):
@@ -348,7 +357,6 @@ class _Run:
       if self.signal and number == signal.SIGINT:
         raise KeyboardInterrupt
       self.signal = signal.Signals(number).name
-      self.reporter.message(f"{self.signal}: finishing the current phase, then saving")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -361,7 +369,7 @@ class _Run:
 def _architecture(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> model.Architecture:
   arch = model.architecture(config.model, tokenizer.vocab_size)
   if arch.vocab_size < tokenizer.vocab_size:
-    raise ValueError(
+    raise checks.InputError(
       f"config.model.vocab_size={arch.vocab_size}: expected at least {tokenizer.vocab_size}, the vocabulary of "
       f"{config.data.tokenizer!r}; set it to 0 to take the tokenizer's"
     )

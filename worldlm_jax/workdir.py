@@ -21,12 +21,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-
 def describe(config: config_lib.Config, federation: Federation, digests: Mapping[str, str]) -> dict[str, Any]:
   """What makes two runs the same: the resolved config, and every node's settings and text.
 
-  Where the tree came from is left out, since the nodes say it all and folders may move; so is what
-  changes no result, such as how many checkpoints are kept.
   """
-  fields = config_lib.to_dict(config)
-  for name in ("federation", "node", "checkpoint", "nodes_at_once"):
-    del fields[name]
   nodes = {
     member.path: {
       "settings": config_lib.to_dict(dataclasses.asdict(member.settings)),
@@ -35,7 +30,7 @@ def describe(config: config_lib.Config, federation: Federation, digests: Mapping
     }
     for member in federation.members
   }
-  return {"config": fields, "nodes": nodes}
+  return {"config": config_lib.to_dict(config), "nodes": nodes}
 
 
 def environment() -> dict[str, Any]:
@@ -52,8 +47,11 @@ def environment() -> dict[str, Any]:
   }
 
 
-def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> None:
+def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> list[str]:
   """Makes the folder this run's own, or finds that it already is.
+
+  Returns:
+    What has changed around the run since it began, such as library versions, in words.
 
   Raises:
     ValueError: it holds something else, or a run that differs; names the fields.
@@ -64,14 +62,14 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> Non
   if there and overwrite:
     for name in ("checkpoints", "damaged"):
       shutil.rmtree(workdir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "summary.json", "config.json"):
+    for name in ("metrics.jsonl", "summary.json", "stopped.json", "config.json"):
       (workdir / name).unlink(missing_ok=True)
   elif there:
     found = config_lib.differences(_comparable(there), _comparable(description))
     checks.require(not found, "--workdir", str(workdir), "a new folder or one that holds a run of this configuration",
                    f"it differs in: {'; '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}. "
                    "Choose another folder, or start afresh with --overwrite")
-    return
+    return _changed_versions(there)
   elif workdir.exists():
     foreign = [path.name for path in workdir.iterdir() if path.name != "config.json.new"]
     checks.require(not foreign, "--workdir", str(workdir),
@@ -82,6 +80,7 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> Non
   except OSError as error:
     checks.fail("--workdir", str(workdir), "a folder that can be made", f"{error.strerror}; choose another")
   metrics.write_json(record, description | environment())
+  return []
 
 
 def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointConfig) -> None:
@@ -98,6 +97,11 @@ def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointCo
   )
 
 
+def _changed_versions(there: dict[str, Any]) -> list[str]:
+  now = environment()["versions"]
+  return [f"{name} {old} then, {now.get(name)} now" for name, old in there["versions"].items() if now.get(name) != old]
+
+
 def _read_record(path: Path) -> dict[str, Any] | None:
   """The content of a run's config.json; None where there is none, or one that is not a run's."""
   try:
@@ -108,8 +112,13 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 
 def _comparable(description: dict[str, Any]) -> dict[str, Any]:
-  """Folders may move as long as the text, whose digest is compared, is the same."""
+  """What two runs must have in common.
+
+  Not where the tree came from, since the nodes say it all: folders may move as long as the text, whose
+  digest is compared, is the same. Not what changes no result, such as how many checkpoints are kept.
+  """
   nodes = description["nodes"].items()
-  return {"config": description["config"]} | {
+  other = ("federation", "node", "checkpoint", "nodes_at_once")
+  return {"config": {k: v for k, v in description["config"].items() if k not in other}} | {
     f"node {path!r}": {k: v for k, v in value.items() if k != "data"} for path, value in nodes
   }

@@ -102,6 +102,7 @@ def down(
     phase: the round.
   """
   begun = level._replace(
+    update=trees.zeros_like(level.update),
     own_tokens=jnp.zeros_like(level.own_tokens), tokens=jnp.zeros_like(level.tokens),
     trained=jnp.zeros_like(level.trained), fresh=jnp.zeros_like(level.fresh),
   )

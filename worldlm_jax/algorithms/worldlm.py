@@ -75,7 +75,8 @@ class AttendRule(NamedTuple):
         candidates = _stack([own, parents], received, None)
         mask_SxM = _masks([jnp.bool_(True)] * 2, received, None, own)
         query = own, *self._query(own, update, parents)
-        mixed, weights = self._attend_layers(query, candidates, mask_SxM, jnp.ones(mask_SxM.shape[0]), node, loss)
+        prior_S = jnp.ones(mask_SxM.shape[0])
+        mixed, weights = self._attend_layers(query, candidates, mask_SxM, prior_S, node, loss, own_first=True)
       mixed, accepted = self._accept(own, mixed, node, loss)
       return mixed, received, log | {"weights": weights, "accepted": accepted}
 
@@ -91,7 +92,7 @@ class AttendRule(NamedTuple):
     level, below = ascent.level, ascent.below
 
     def one(node, own, update, trained, own_tokens, members_S, mask_S, backbone):
-      update = trees.where(trained, update, trees.zeros_like(update))
+      base = trees.where(trained, update, trees.zeros_like(update))
       tokens_S = below.tokens[members_S]
       uniform = self.config.prior == "uniform"
       loss = self._loss(node, backbone)
@@ -101,14 +102,13 @@ class AttendRule(NamedTuple):
       if self.config.values == "updates":
         layers = trees.take(below.update, members_S)
         prior_S = jnp.float32(tokens_S > 0) if uniform else tokens_S
-        addition, weights, use_SxM = self._attend_updates(update, layers, mask_SxM, prior_S)
-        mixed = trees.add(own, addition)
-        update = trees.where(trained, update, addition)
+        addition, weights, use_SxM = self._attend_updates(base, layers, mask_SxM, prior_S)
+        mixed, update = trees.add(own, addition), trees.add(update, addition)  # its members' progress is its own
       else:
         layers = trees.take(below.params["key_layers"], members_S)
         all_mask_SxM = _masks([trained], None, mask_S, own)
         prior_S = jnp.ones(all_mask_SxM.shape[0]) if uniform else jnp.append(own_tokens, tokens_S)
-        query = own, *self._query(own, update, own)
+        query = own, *self._query(own, base, trees.subtract(own, base))
         mixed, weights = self._attend_layers(query, _stack([own], None, layers), all_mask_SxM, prior_S, node, loss)
         use_SxM = weights[1:]
       mixed, accepted = self._accept(own, mixed, node, loss)
@@ -156,8 +156,11 @@ class AttendRule(NamedTuple):
       return update, trees.subtract(own, update)
     return own, None
 
-  def _attend_layers(self, query, candidates, mask_SxM, prior_S, node, loss):
-    """Mixed layers and the weights `[S, M]`, averaged over tensors; `query` is (own, direction, reference)."""
+  def _attend_layers(self, query, candidates, mask_SxM, prior_S, node, loss, *, own_first=False):
+    """Mixed layers and the weights `[S, M]`, averaged over tensors; `query` is (own, direction, reference).
+
+    `own_first` says that the first candidate is the node itself, which by any cosine is most like itself.
+    """
     config, (own, direction, reference) = self.config, query
     if config.similarity == "validation_loss":
       scores = attend.loss_scores(config.granularity, own, candidates, loss)
@@ -166,9 +169,11 @@ class AttendRule(NamedTuple):
       scores = attend.parameter_scores(
         config.similarity, config.granularity, direction, reference, candidates, mask_SxM
       )
-    weights = attend.attention_weights(
-      jnp.broadcast_to(scores, (scores.shape[0], *mask_SxM.shape)), mask_SxM, prior_S, node.temperature
-    )
+    scores = jnp.broadcast_to(scores, (scores.shape[0], *mask_SxM.shape))
+    if own_first and config.similarity.endswith("cosine"):
+      keeps = (node.temperature == 0) & (jnp.arange(mask_SxM.shape[0]) == 0)
+      scores = jnp.where(keeps[None, :, None], jnp.inf, scores)
+    weights = attend.attention_weights(scores, mask_SxM, prior_S, node.temperature)
     return attend.mix(own, candidates, weights), jnp.mean(weights, axis=0)
 
   def _attend_updates(self, update, candidates, mask_SxM, prior_S):

@@ -69,8 +69,8 @@ def load_node(path: str, source: config.Source, data: config.DataConfig, tokeniz
   """
   try:
     documents = sources.read(source)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  except checks.InputError as error:
+    raise checks.InputError(f"{path}: {error}") from error
   texts = {name: getattr(documents, name) for name in SPLITS}
   texts["train"] = first_bytes(texts["train"], data.max_train_bytes)
   digest = hashlib.sha256(tokenizer.name.encode())

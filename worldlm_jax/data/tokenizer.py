@@ -56,8 +56,10 @@ class HuggingFaceTokenizer:
       content = Path(path).expanduser().read_bytes()
       self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exceptions
-      raise ValueError(f"config.data.tokenizer={path!r}: expected a JSON file of the tokenizers library ({error}); "
-                       "save it with tokenizers.Tokenizer.save, or set config.data.tokenizer=bytes") from error
+      raise checks.InputError(
+        f"config.data.tokenizer={path!r}: expected a JSON file of the tokenizers library ({error}); save it with "
+        "tokenizers.Tokenizer.save, or set config.data.tokenizer=bytes"
+      ) from error
     # A file may ask for truncation, padding or special tokens found in the text; documents must stay whole.
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
@@ -65,7 +67,7 @@ class HuggingFaceTokenizer:
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     separator = next((token for token in SEPARATORS if token in vocabulary), None)
     if separator is None:
-      raise ValueError(f"config.data.tokenizer={path!r}: expected a token that separates documents, one of "
+      raise checks.InputError(f"config.data.tokenizer={path!r}: expected a token that separates documents, one of "
                        f"{', '.join(SEPARATORS)}; add one with tokenizers.Tokenizer.add_special_tokens")
     self.name = f"{Path(path).name}@{hashlib.sha256(content).hexdigest()[:8]}"
     self.vocab_size = max(vocabulary.values()) + 1  # ids need not be consecutive
