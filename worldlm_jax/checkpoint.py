@@ -6,6 +6,7 @@ not notice a flipped bit. Once it is complete, the sizes of its files are noted 
 missing and cut files are found before Orbax stumbles over them.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -74,8 +75,9 @@ class Checkpoints:
         metrics.write_json(note, _sizes(note.parent))
 
   def close(self) -> None:
-    """Ends the manager's threads; call `wait` before."""
-    self._manager.close()
+    """Ends the manager's threads. What went wrong before has been raised by `save` or `wait`."""
+    with contextlib.suppress(Exception):
+      self._manager.close()
 
   def restore_newest(self, abstract: State, say: Callable[[str], None]) -> Restored | None:
     """The newest intact checkpoint, or None where there is none at all.

@@ -39,7 +39,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> int:
   """Runs the experiment of the flags and returns the exit code."""
-  logging.set_verbosity(logging.ERROR)  # Orbax logs every file
+  logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and tracebacks of what we say in one line
   reporter = progress.for_stdout()
   try:
     config = _CONFIG.value
