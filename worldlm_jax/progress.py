@@ -257,8 +257,8 @@ def _duration(seconds: float) -> str:
 
 def closing_lines(summary: Mapping[str, Any], workdir: str) -> str:
   """What a finished run says: the test scores of every node and of the tree."""
-  width = max(6, *(len(path) for path in summary["nodes"]))
-  lines = [f"test split{'':{width - 6}}perplexity received  personalised  bits per byte"]
+  width = max(len("test split"), *(len(path) for path in summary["nodes"]))
+  lines = [f"{'test split':{width}}    perplexity received  personalised  bits per byte"]
   for path, node in summary["nodes"].items():
     if "received" in node:
       received, own = node["received"], node["personalised"]
