@@ -52,7 +52,9 @@ def test_engine_equals_the_loop(rounds, key_layers):
   check_against_oracle(rounds, rounds.tiny_config(ragged(rounds), **key_layers))
 
 
-@pytest.mark.parametrize("change", ["sequential", "absent", "server", "acceptance", "moments", "no key layers"])
+@pytest.mark.parametrize("change", [
+  "sequential", "absent", "server", "acceptance", "acceptance of updates", "moments", "no key layers",
+])
 def test_engine_equals_the_loop_in_every_mode(rounds, change):
   config = rounds.tiny_config(ragged(rounds), values="layers", similarity="param_cosine")
   absent = ()
@@ -63,7 +65,9 @@ def test_engine_equals_the_loop_in_every_mode(rounds, change):
   elif change == "server":
     config.backbone.weights, config.backbone.server_optimizer = "uniform", "nesterov"
     config.backbone.server_learning_rate = 0.7
-  elif change == "acceptance":
+  elif change.startswith("acceptance"):
+    if change.endswith("updates"):
+      config.key_layers = config_lib.KeyLayerConfig(update_threshold=-1.0)
     config.node.acceptance = "validated"
     config.federation.overrides = {"b": {"acceptance": "always"}}
   elif change == "moments":

@@ -222,7 +222,6 @@ class Oracle:
       candidates = [[_layer(o, i) for o in offered] for i in range(self.num_layers)]
       addition, use = self._attend_updates(base, candidates, prior)
       mixed = _sum([node.key_layers, addition], [1.0, 1.0])
-      node.update = _sum([node.update, addition], [1.0, 1.0])  # its members' progress is its own
     else:
       offered = [m.key_layers for m in members]
       own = [node.key_layers] if node.trained else []
@@ -238,7 +237,10 @@ class Oracle:
       for i in range(self.num_layers):
         for s in np.argsort(use[i], kind="stable")[: keys.residuals_per_layer]:
           node.sent.append(Residual(_layer(offered[s], i), i, here[s].path, self.index))
-    node.key_layers = self._accept(p, node.key_layers, mixed, node.backbone)
+    accepted = self._accept(p, node.key_layers, mixed, node.backbone)
+    if keys.values == "updates" and accepted is mixed:  # its members' progress is its own from now on
+      node.update = _sum([node.update, addition], [1.0, 1.0])
+    node.key_layers = accepted
 
   def _query(self, own: Layers, update: Layers, parents: Layers) -> tuple[Layers, Layers | None]:
     """Direction and origin of the comparison; see `AttendRule`. No origin means zero."""

@@ -96,14 +96,14 @@ class AttendRule(NamedTuple):
       tokens_S = below.tokens[members_S]
       uniform = self.config.prior == "uniform"
       loss = self._loss(node, backbone)
-      if self.config.values == "updates":
-        mask_S = mask_S & below.fresh[members_S]  # an old update has been used before
+      over_updates = self.config.values == "updates"
+      mask_S &= below.fresh[members_S] | (not over_updates)  # an old update has been used before
       mask_SxM = _masks([], None, mask_S, own)
-      if self.config.values == "updates":
+      if over_updates:
         layers = trees.take(below.update, members_S)
         prior_S = jnp.float32(tokens_S > 0) if uniform else tokens_S
         addition, weights, use_SxM = self._attend_updates(base, layers, mask_SxM, prior_S)
-        mixed, update = trees.add(own, addition), trees.add(update, addition)  # its members' progress is its own
+        mixed = trees.add(own, addition)
       else:
         layers = trees.take(below.params["key_layers"], members_S)
         all_mask_SxM = _masks([trained], None, mask_S, own)
@@ -112,6 +112,8 @@ class AttendRule(NamedTuple):
         mixed, weights = self._attend_layers(query, _stack([own], None, layers), all_mask_SxM, prior_S, node, loss)
         use_SxM = weights[1:]
       mixed, accepted = self._accept(own, mixed, node, loss)
+      if over_updates:  # what it takes over from its members is its own progress from now on
+        update = trees.where(accepted, trees.add(update, addition), update)
       sent = None
       if level.residuals is not None:
         # A federation with a single layer to take has nothing that it could not use.
