@@ -228,15 +228,15 @@ def test_every_config_file_says_its_command_and_is_valid(path: Path) -> None:
   ({"rounds": "3"}, r"config.rounds='3': expected a whole number"),
   ({"rounds": 2.5}, r"config.rounds=2.5: expected a whole number"),
   ({"rounds": True}, r"config.rounds=True: expected a whole number"),
-  ({"node": config_lib.NodeSettings(local_steps="5")}, r"config.node.local_steps='5': expected a whole number"),
-  ({"node": config_lib.NodeSettings(learning_rate="fast")}, r"config.node.learning_rate='fast': expected a number"),
-  ({"model": config_lib.ModelConfig(remat=1)}, r"config.model.remat=1: expected True or False"),
+  ({"node": c.NodeSettings(local_steps="5")}, r"config.node.local_steps='5': expected a whole number"),
+  ({"node": c.NodeSettings(learning_rate="fast")}, r"config.node.learning_rate='fast': expected a number"),
+  ({"model": c.ModelConfig(remat=1)}, r"config.model.remat=1: expected True or False"),
   ({"model": "tiny"}, r"config.model='tiny': expected a ModelConfig"),
 ])
 def test_a_value_of_the_wrong_type_in_a_config_file_is_named(change, message):
   with pytest.raises(ValueError, match=message):
-    config_lib.validate(config_lib.Config(**change))
+    c.validate(c.Config(**change))
 
 
 def test_a_whole_number_serves_as_a_number():
-  config_lib.validate(config_lib.Config(node=config_lib.NodeSettings(learning_rate=1)))
+  c.validate(c.Config(node=c.NodeSettings(learning_rate=1)))
