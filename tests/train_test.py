@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -143,10 +142,8 @@ def test_sigterm_saves_within_the_round_and_the_rest_is_the_same(texts, unbroken
     command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
   )
   try:
-    while not (workdir / "checkpoints").exists():
-      assert process.poll() is None, process.stderr.read()
-      time.sleep(0.05)
-    time.sleep(2.0)  # in the middle of the first round, which compiles
+    while "writing to" not in (line := process.stdout.readline()):  # the title; then the first phase begins
+      assert line, process.stderr.read()
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
   finally:

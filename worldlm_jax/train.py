@@ -125,8 +125,8 @@ class _Run:
       return json.loads(summary.read_text(encoding="utf-8"))
     feed = feed_lib.Feed(self._workloads(copy.deepcopy(self.now)))
     try:
-      self.reporter.start(self._title(), len(self.rounds), self.now.round)
       with self._signals():
+        self.reporter.start(self._title(), len(self.rounds), self.now.round)
         for index in range(self.now.round, len(self.rounds)):
           self._round(index, feed)
         self.checkpoints.wait()
