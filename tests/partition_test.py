@@ -1,6 +1,7 @@
 """Where nodes lie: padding, waves, and the rows that a wave takes and puts back, on up to 8 devices."""
 
 import functools
+import types
 
 import hypothesis
 import jax
@@ -78,4 +79,13 @@ def test_each_device_works_on_its_own_share(num_devices):
 
 
 def test_on_cpus_one_node_trains_at_a_time():
-  assert partition.choose_nodes_at_once(97, {"x": np.ones(3)}, mesh_of(8)) == 1
+  assert partition.choose_nodes_at_once(97, {"x": np.ones(3)}, {"x": np.ones(3)}, mesh_of(8)) == 1
+
+
+@pytest.mark.parametrize(("num_nodes", "expected"), [(97, 7), (5, 3), (1, 1)])
+def test_elsewhere_as_many_nodes_train_at_once_as_fit_beside_the_state(num_nodes, expected):
+  """Two devices with 80 bytes free each, 10 of which the state takes; a node of 1 byte needs 7."""
+  device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 90, "bytes_in_use": 10})
+  mesh = types.SimpleNamespace(devices=np.array([device, device], object), shape={"node": 2})
+  params, state = {"x": np.ones(1, np.int8)}, {"x": np.ones(20, np.int8)}
+  assert partition.choose_nodes_at_once(num_nodes, params, state, mesh) == expected
