@@ -65,12 +65,16 @@ class Harness:
 
   config: config_lib.Config
   num_devices: int = 1
+  former: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> the path whose text the node has
 
   def __post_init__(self) -> None:
     self.federation = federation_lib.resolve(self.config)
     self.arch = model.architecture(self.config.model, VOCAB)
     mesh = partition.make_mesh(jax.devices()[: self.num_devices])
-    self.validation = {m.path: windows_of("validation of " + m.path, 0) for m in self.federation.members if m.data}
+    self.validation = {
+      m.path: windows_of("validation of " + self.former.get(m.path, m.path), 0)
+      for m in self.federation.members if m.data
+    }
     self.engine = engine_lib.Engine(self.config, self.federation, self.arch, mesh, self._validation_arrays())
     self.state = self.engine.init()
     self.logs: list[tuple[str, int, Any]] = []
@@ -96,7 +100,8 @@ class Harness:
     for m, active in zip(members, step.active, strict=True):
       self.positions[m.path] += int(active) * m.settings.local_steps
     most, batch, _ = feed.workload_shape(self.federation, self.config.optimizer.microbatch_size, 7)
-    windows = np.array([[windows_of(m.path, taken[i] + s) for s in range(most)] for i, m in enumerate(members)])
+    texts = [self.former.get(m.path, m.path) for m in members]
+    windows = np.array([[windows_of(text, taken[i] + s) for s in range(most)] for i, text in enumerate(texts)])
     windows = np.pad(windows, [(0, 0), (0, 0), (0, max(0, batch - MAX_BATCH)), (0, 0)])[:, :, :batch]
     return local.Workload(
       windows,

@@ -210,6 +210,18 @@ def test_permuting_siblings_permutes_the_result(rounds):
     rounds.assert_trees_close(other.params()[path], params, 1e-5, f"node {path}: ")
 
 
+def test_renaming_nodes_changes_nothing_but_names(rounds):
+  node = rounds.node
+  config = rounds.tiny_config(node("w", node("a", node("p"), node("q"), data=False), node("b", node("s"), node("t"))))
+  renamed = rounds.tiny_config(node("w", node("y", node("q"), node("p"), data=False), node("x", node("s"), node("1"))))
+  former = {"y": "a", "y/q": "a/p", "y/p": "a/q", "x": "b", "x/s": "b/s", "x/1": "b/t"}
+  one, other = rounds.run(config), rounds.Harness(renamed, former=former)
+  for index in range(2):
+    other.round(index)
+  for path, params in other.params().items():
+    rounds.assert_trees_close(params, one.params()[former.get(path, path)], 1e-6, f"node {path}: ")
+
+
 def test_one_sgd_step_of_fedavg_is_one_step_on_the_joint_batch(rounds):
   """Law 5: plain SGD, one step, token-weighted mean of unequal batches."""
   node = rounds.node
