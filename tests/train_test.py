@@ -221,6 +221,18 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(texts, finished, tmp_pa
   assert (workdir / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 
+def test_a_note_of_sizes_that_was_never_finished_is_no_damage(texts, finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  (workdir / "summary.json").unlink()
+  newest = workdir / "checkpoints" / str(ROUNDS * train.PLACES_PER_ROUND)
+  (newest / "sizes.json.new").write_text("{")
+  listener = Listener()
+  train.run(tiny_run(texts), workdir, reporter=listener)
+  assert f"resuming {workdir} after {ROUNDS} of {ROUNDS} rounds" in listener.messages
+  assert not (workdir / "damaged").exists()
+
+
 def test_all_checkpoints_damaged_is_an_error(texts, finished, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
@@ -349,3 +361,14 @@ def test_the_summary_adds_up(finished):
     assert summary["tree"][kind]["mean"]["perplexity"] == pytest.approx(np.mean(scores))
     assert summary["tree"][kind]["worst"]["perplexity"] == max(scores)
   assert set(summary["nodes"]["b"]["subtree"]["received"]["mean"]) == {"loss_nats", "perplexity", "bits_per_byte"}
+
+
+def test_levels_without_text_exchange_too_when_nodes_judge_by_their_validation_batch(texts, tmp_path):
+  leaves = [config_lib.Node(name, config_lib.TextFolder(f"{texts}/a/{name}")) for name in ("p", "q")]
+  config = tiny_run(texts)
+  config.federation = config_lib.FederationConfig(root=config_lib.Node("world", None, leaves))
+  config.key_layers = config_lib.KeyLayerConfig(values="layers", similarity="validation_loss")
+  config.node.acceptance, config.rounds = "validated", 1
+  train.run(config, tmp_path / "run")
+  root = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+  assert root["accepted_up"] and root["attention_up"] == [{"p": 0.5, "q": 0.5}] * 2  # no text, no preference

@@ -106,7 +106,7 @@ class Checkpoints:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         damaged = self.folder.parent / "damaged"
         damaged.mkdir(exist_ok=True)
-        target = damaged / f"{number}.{len(list(damaged.glob(f'{number}*')))}"
+        target = damaged / f"{number}.{len(list(damaged.glob(f'{number}.*')))}"
         shutil.move(self.folder / str(number), target)
         self._manager.reload()
         say(f"checkpoint {number} is damaged ({reason}); moved to {target}, falling back to the one before it")
@@ -153,8 +153,8 @@ class _AnotherStructure(Exception):
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-  """The size of every file under a checkpoint's folder but the note of sizes."""
-  files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES)
+  """The size of every file under a checkpoint's folder but the note of sizes, also one that was never finished."""
+  files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(SIZES))
   return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 

@@ -21,6 +21,7 @@ from worldlm_jax.federation import Federation
 SCORE_BATCH = 32  # windows per forward pass when scoring, unless their logits are too many
 SCORE_LOGITS = 2**26
 
+
 class WaveLog(NamedTuple):
   """The training of one wave: which rows of the level, and how they fared."""
 

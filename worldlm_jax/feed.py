@@ -59,7 +59,8 @@ def evaluation_windows(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """Per level, `count` windows of each node's split (0: all), the same every time.
 
-  Pairs of int32 `[n, E, W]`, filled up with zeros, and int32 `[n]`: how many a node has, 0 without text.
+  Pairs of int32 `[n, E, W]`, E at least 1, filled up with zeros, and int32 `[n]`: how many a node has, 0
+  without text.
   """
   found = []
   for level in federation.levels:
@@ -67,7 +68,7 @@ def evaluation_windows(
       evenly_spaced(getattr(texts[m.path], split), count) if m.path in texts
       else np.zeros((0, sequence_length + 1), np.int32) for m in level
     ]
-    most = max(len(windows) for windows in each)
+    most = max(1, *(len(windows) for windows in each))  # a batch of no windows is more than a model can take
     padded = np.stack([np.pad(windows, [(0, most - len(windows)), (0, 0)]) for windows in each])
     found.append((padded, np.array([len(windows) for windows in each], np.int32)))
   return found

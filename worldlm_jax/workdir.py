@@ -19,9 +19,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-
 
 
 def describe(config: config_lib.Config, federation: Federation, digests: Mapping[str, str]) -> dict[str, Any]:
-  """What makes two runs the same: the resolved config, and every node's settings and text.
-
-  """
+  """What a run is of: its config, and every node's resolved settings and text."""
   nodes = {
     member.path: {
       "settings": config_lib.to_dict(dataclasses.asdict(member.settings)),
