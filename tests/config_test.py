@@ -40,7 +40,7 @@ def _changed(config: c.Config, path: str, value: Any) -> c.Config:
 
 
 def _tree() -> c.Config:
-  return c.Config(federation=c.FederationConfig(root=c.Node("world", c.TextFolder("unread"))))
+  return c.Config(federation=c.FederationConfig(root=c.Node("world", c.Files("unread"))))
 
 
 def _message(config: c.Config) -> str:
@@ -133,14 +133,14 @@ def test_key_layers_leave_a_backbone(num_layers: int, share: float, most: str) -
 
 
 def test_to_dict_is_json_that_survives_a_round_trip() -> None:
-  root = c.Node("world", c.StandardLibrary("code"), [c.Node("a", c.TextFolder("x"), settings={"clip_norm": -math.inf})])
+  root = c.Node("world", c.StandardLibrary("code"), [c.Node("a", c.Files("x"), settings={"clip_norm": -math.inf})])
   config = c.Config(federation=c.FederationConfig(root=root), node=c.NodeSettings(clip_norm=math.inf))
   plain = c.to_dict(config)
   assert json.loads(json.dumps(plain, allow_nan=False)) == plain
   assert plain["node"]["clip_norm"] == "inf"
   assert plain["federation"]["root"]["data"] == {"kind": "StandardLibrary", "family": "code"}
   child = plain["federation"]["root"]["children"][0]
-  assert (child["data"], child["settings"]) == ({"kind": "TextFolder", "path": "x"}, {"clip_norm": "-inf"})
+  assert (child["data"], child["settings"]) == ({"kind": "Files", "path": "x"}, {"clip_norm": "-inf"})
 
 
 def test_differences_name_fields_with_both_values() -> None:

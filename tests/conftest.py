@@ -50,7 +50,7 @@ def tiny_config(root: config_lib.Node, **key_layers: Any) -> config_lib.Config:
 
 def node(name: str, *children: config_lib.Node, data: bool = True, **settings: Any) -> config_lib.Node:
   """A node of a test tree; its text is never read."""
-  return config_lib.Node(name, config_lib.TextFolder("unread") if data else None, list(children), settings)
+  return config_lib.Node(name, config_lib.Files("unread") if data else None, list(children), settings)
 
 
 def windows_of(path: str, step: int) -> np.ndarray:

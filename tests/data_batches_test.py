@@ -120,7 +120,7 @@ def test_batches_of_no_windows():
 def folder(tmp_path):
   for name, text in (("train", "one é two\n\nthree\n\nfour"), ("valid", "five six"), ("test", "seven eight")):
     (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-  return config.TextFolder(str(tmp_path))
+  return config.Files(str(tmp_path))
 
 
 def test_text_of_a_node(folder):
@@ -167,8 +167,8 @@ def test_split_shorter_than_a_window(folder, tmp_path):
 
 
 def test_unreadable_text_names_the_node(tmp_path):
-  with pytest.raises(ValueError, match=r"^world/a: TextFolder.path=.*expected an existing folder"):
-    batches.load_node("world/a", config.TextFolder(str(tmp_path / "no")), config.DataConfig(), _BYTES)
+  with pytest.raises(ValueError, match=r"^world/a: Files.path=.*expected an existing folder"):
+    batches.load_node("world/a", config.Files(str(tmp_path / "no")), config.DataConfig(), _BYTES)
 
 
 def test_load_all(folder):

@@ -21,7 +21,7 @@ def _all(docs: documents.Documents) -> list[str]:
 
 def test_three_files_are_the_three_splits(tmp_path):
   path = _write(tmp_path, train="a\nb\n\nc", valid="d", test="e", notes="ignored")
-  docs = sources.read(config.TextFolder(path))
+  docs = sources.read(config.Files(path))
   assert (docs.train, docs.valid, docs.test) == (("a\nb", "c"), ("d",), ("e",))
   assert docs.origins["valid"] == str(tmp_path / "valid.txt")
 
@@ -67,7 +67,7 @@ def test_all_txt_files_of_a_folder_are_split_together(tmp_path):
   _write(tmp_path / "below", more="not read")
   (tmp_path / "readme.md").write_text("not read")
   path = _write(tmp_path, b="4\n\n5\n\n6", a="1\n\n2\n\n3")
-  docs = sources.read(config.TextFolder(path))
+  docs = sources.read(config.Files(path))
   assert sorted(_all(docs)) == ["1", "2", "3", "4", "5", "6"]
   assert docs.origins["test"] == f"{path} (test part of its documents)"
 
@@ -78,9 +78,9 @@ def test_a_single_file_is_split(tmp_path):
 
 
 def test_missing_folder(tmp_path):
-  with pytest.raises(ValueError, match=r"TextFolder.path='.*nowhere': expected an existing folder .*correct the path"):
+  with pytest.raises(ValueError, match=r"Files.path='.*nowhere': expected an existing folder .*correct the path"):
     sources.read_text(str(tmp_path / "nowhere"))
-  with pytest.raises(ValueError, match=r"TextFolder.path='': expected an existing folder"):
+  with pytest.raises(ValueError, match=r"Files.path='': expected an existing folder"):
     sources.read_text("")
 
 
@@ -127,7 +127,7 @@ def test_unreadable_file_is_named(tmp_path, monkeypatch):
 
 
 def test_no_source():
-  with pytest.raises(ValueError, match="data=None: expected TextFolder or StandardLibrary"):
+  with pytest.raises(ValueError, match="data=None: expected Files or StandardLibrary"):
     sources.read(None)
 
 

@@ -89,7 +89,7 @@ def random_trees():
   def grow(draw, name, depth):
     size = draw(st.integers(0, 3 if depth else 2)) if depth < 3 else 0
     children = [grow(draw, f"n{i}", depth + 1) for i in range(size)]
-    data = config_lib.TextFolder("unread") if not children or draw(st.booleans()) else None
+    data = config_lib.Files("unread") if not children or draw(st.booleans()) else None
     return config_lib.Node(name, data, children, settings(draw))
 
   return st.composite(lambda draw: grow(draw, "root", 0))()

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from worldlm_jax import config as c, federation as f
 
-TEXT = c.TextFolder("unread")
+TEXT = c.Files("unread")
 Overrides = dict[str, dict[str, Any]]
 
 
@@ -223,8 +223,8 @@ def test_folders_become_nodes_and_text_becomes_data(tmp_path: Path) -> None:
   assert [m.path for m in tree.members] == [".", "law", "med", "law/eu", "med/trials"]
   assert tree.members[0].name == "world"
   data = {m.path: m.data for m in tree.members}
-  assert data == {".": c.TextFolder(str(root)), "law": c.TextFolder(str(root / "law")), "med": None,
-                  "law/eu": c.TextFolder(str(root / "law/eu")), "med/trials": c.TextFolder(str(root / "med/trials"))}
+  assert data == {".": c.Files(str(root)), "law": c.Files(str(root / "law")), "med": None,
+                  "law/eu": c.Files(str(root / "law/eu")), "med/trials": c.Files(str(root / "med/trials"))}
 
 
 def test_the_root_folder_has_a_name_however_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,8 +303,8 @@ children:
 """)
   assert [m.path for m in tree.members] == [".", "law", "médecine", "home", "law/2024"]
   assert {m.path: m.data for m in tree.members} == {
-    ".": None, "law": c.TextFolder(str(tmp_path / "texts/law")), "médecine": c.TextFolder("/absolute/med"),
-    "home": c.TextFolder(str(Path.home() / "texts")), "law/2024": c.StandardLibrary("code/data"),
+    ".": None, "law": c.Files(str(tmp_path / "texts/law")), "médecine": c.Files("/absolute/med"),
+    "home": c.Files(str(Path.home() / "texts")), "law/2024": c.StandardLibrary("code/data"),
   }
   assert set(_setting(tree, "local_steps").values()) == {5}
   assert set(_setting(tree, "learning_rate").values()) == {1e-4}

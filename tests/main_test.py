@@ -109,7 +109,7 @@ def test_config_json_has_all_that_was_resolved(finished: tuple[list[str], Path, 
     ".": False, "law": True, "medicine": True
   }
   folder = arguments[1].partition("=")[2]
-  assert there["nodes"]["law"]["data"] == {"kind": "TextFolder", "path": f"{folder}/law"}
+  assert there["nodes"]["law"]["data"] == {"kind": "Files", "path": f"{folder}/law"}
   assert there["versions"]["python"] == ".".join(map(str, sys.version_info[:3])) and there["versions"]["jax"]
   if (REPOSITORY / ".git").exists():
     assert len(there["commit"].removesuffix("-dirty")) == 40

@@ -11,7 +11,7 @@ from worldlm_jax import config as c, federation as f, schedule
 
 
 def _node(name: str, *children: c.Node, data: bool = True, **own: int) -> c.Node:
-  return c.Node(name, c.TextFolder("unread") if data else None, list(children), own)
+  return c.Node(name, c.Files("unread") if data else None, list(children), own)
 
 
 def _resolve(root: c.Node) -> f.Federation:

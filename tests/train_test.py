@@ -364,7 +364,7 @@ def test_the_summary_adds_up(finished):
 
 
 def test_levels_without_text_exchange_too_when_nodes_judge_by_their_validation_batch(texts, tmp_path):
-  leaves = [config_lib.Node(name, config_lib.TextFolder(f"{texts}/a/{name}")) for name in ("p", "q")]
+  leaves = [config_lib.Node(name, config_lib.Files(f"{texts}/a/{name}")) for name in ("p", "q")]
   config = tiny_run(texts)
   config.federation = config_lib.FederationConfig(root=config_lib.Node("world", None, leaves))
   config.key_layers = config_lib.KeyLayerConfig(values="layers", similarity="validation_loss")

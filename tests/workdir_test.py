@@ -12,8 +12,8 @@ from worldlm_jax import config as c, federation, workdir
 
 
 def _describe(folder: str = "texts", digest: str = "1234", rounds: int = 3, **settings: Any) -> dict[str, Any]:
-  root = c.Node("world", None, [c.Node("a", c.TextFolder(f"{folder}/a"), settings=settings),
-                                c.Node("b", c.TextFolder(f"{folder}/b"))])
+  root = c.Node("world", None, [c.Node("a", c.Files(f"{folder}/a"), settings=settings),
+                                c.Node("b", c.Files(f"{folder}/b"))])
   config = c.Config(rounds=rounds, federation=c.FederationConfig(root=root))
   return workdir.describe(config, federation.resolve(config), {"a": digest, "b": "5678"})
 
@@ -38,7 +38,7 @@ def test_a_fresh_folder_is_made_and_recorded(tmp_path: Path) -> None:
   assert there["config"]["rounds"] == 3 and there["config"]["model"]["d_model"] == 96
   assert there["nodes"]["."] | {"settings": {}} == {"settings": {}, "data": None, "digest": None}
   assert there["nodes"]["a"]["settings"]["clip_norm"] == "inf"
-  assert there["nodes"]["a"]["data"] == {"kind": "TextFolder", "path": "texts/a"}
+  assert there["nodes"]["a"]["data"] == {"kind": "Files", "path": "texts/a"}
   assert there["nodes"]["a"]["digest"] == "1234"
   assert {"jax", "flax", "python"} <= there["versions"].keys() and there["devices"]
 
@@ -58,7 +58,7 @@ def test_the_same_run_is_resumed(tmp_path: Path, description: dict[str, Any]) ->
 
 
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
-  config = c.Config(federation=c.FederationConfig(root=c.Node("world", c.TextFolder("texts"))))
+  config = c.Config(federation=c.FederationConfig(root=c.Node("world", c.Files("texts"))))
   workdir.claim(tmp_path, workdir.describe(config, federation.resolve(config), {}), overwrite=False)
   config.nodes_at_once, config.checkpoint.keep_last = 5, 7
   workdir.claim(tmp_path, workdir.describe(config, federation.resolve(config), {}), overwrite=False)

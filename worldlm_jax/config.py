@@ -34,10 +34,12 @@ class NodeSettings:
 
 
 @dataclasses.dataclass(slots=True)
-class TextFolder:
-  """Text files of one folder: train/valid/test.txt, or other .txt files split by document."""
+class Files:
+  """A local file of documents, or a folder of them: text, JSONL, Parquet or ArrayRecord (see data/files.py)."""
 
   path: str = ""
+  text_field: str = "text"  # of JSONL and Parquet records; "meta.body" leads into a nested record
+  node_field: str = ""  # of records: the field that tells to which node a document belongs
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,7 +49,74 @@ class StandardLibrary:
   family: str = ""
 
 
-Source = TextFolder | StandardLibrary
+@dataclasses.dataclass(slots=True)
+class Tfds:
+  """A data set of tensorflow_datasets, prepared as ArrayRecord files (see data/tfds.py)."""
+
+  name: str = ""  # such as "wiki40b/en:1.3.0", or the folder of a prepared data set
+  data_dir: str = ""  # where prepared data sets lie; "": the library's default
+  text_field: str = "text"
+  node_field: str = ""
+  train: str = "train"  # a split of the data set, such as "train[:10%]"
+  valid: str = ""  # "" for both: the documents of `train` are split by their hash
+  test: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class HuggingFace:
+  """A data set that the Hugging Face `datasets` library streams (extra [data]; see data/hugging_face.py)."""
+
+  name: str = ""  # such as "allenai/c4", or a local folder
+  subset: str = ""  # such as "fr"
+  revision: str = ""  # a commit, branch or tag; "": the newest
+  text_field: str = "text"
+  node_field: str = ""
+  train: str = "train"
+  valid: str = ""  # "" for both: the documents of `train` are split by their hash
+  test: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Synthetic:
+  """An artificial language, related to those that share the beginning of its `lineage` (see data/synthetic.py)."""
+
+  lineage: str = ""  # such as "north/coast": what was changed on the way from the common proto-language, "."
+  divergence: float = 0.3  # how far each step of the lineage leads away: 0 (not at all) to 1
+  train_bytes: int = 200_000  # roughly; valid and test texts have `eval_bytes` each
+  eval_bytes: int = 50_000
+  seed: int = 0  # of the whole family of languages
+
+
+@dataclasses.dataclass(slots=True)
+class Tagged:
+  """The documents of `source` whose `node_field` holds `tag`."""
+
+  source: "Files | Tfds | HuggingFace" = dataclasses.field(default_factory=Files)
+  tag: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Share:
+  """What falls to one leaf when labelled documents are dealt out over a tree (see `Partition`)."""
+
+  sources: dict[str, "Source"] = dataclasses.field(default_factory=dict)  # by label
+  leaf: tuple[int, ...] = ()  # the child taken at each level
+  branching: tuple[int, ...] = ()
+  alphas: tuple[float, ...] = ()
+  seed: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Swapped:
+  """`own` with a share of its documents exchanged for the same share of `other`'s."""
+
+  own: "Source" = dataclasses.field(default_factory=Files)
+  other: "Source" = dataclasses.field(default_factory=Files)
+  share: float = 0.0
+  seed: int = 0
+
+
+Source = Files | StandardLibrary | Tfds | HuggingFace | Synthetic | Tagged | Share | Swapped
 
 
 @dataclasses.dataclass(slots=True)
@@ -61,12 +130,50 @@ class Node:
 
 
 @dataclasses.dataclass(slots=True)
+class SyntheticTree:
+  """A tree of artificial languages: a node at depth d has branching[d] children, each with text of its own."""
+
+  branching: tuple[int, ...] = ()  # (2, 3): two families of three languages; () means no synthetic tree
+  divergence: float = 0.3  # how far each edge of the tree leads away: 0 (one language) to 1
+  train_bytes: int = 200_000  # of the leaf with the most text
+  imbalance: float = 0.0  # the i-th leaf has train_bytes / i ** imbalance: 0 (all the same) upwards
+  eval_bytes: int = 50_000  # of the valid and of the test text
+  seed: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Partition:
+  """Deals the documents of all nodes out over the leaves of a new tree, by Dirichlet draws over labels.
+
+  A document's label is the path of the node that it comes from. At every node of the new tree, of depth d, each
+  label has its own proportions among the branching[d] children, drawn from Dirichlet(alphas[d], ...).
+  """
+
+  branching: tuple[int, ...] = ()  # (2, 3): two federations of three leaves; () leaves the tree as it is
+  alphas: tuple[float, ...] = ()  # one for each level: small is skewed, large is even
+  seed: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Swap:
+  """Exchanges a share of the documents of two nodes, so that the hierarchy no longer fits the data."""
+
+  nodes: tuple[str, ...] = ()  # two paths, or () for none
+  share: float = 0.0  # 0 to 1
+  seed: int = 0
+
+
+@dataclasses.dataclass(slots=True)
 class FederationConfig:
-  """Where the tree comes from: exactly one of the three. `overrides` maps path -> field -> value."""
+  """Where the tree comes from: exactly one of the first five. `overrides` maps path -> field -> value."""
 
   root: Node | None = None
   yaml: str = ""
   folder: str = ""
+  documents: Source = dataclasses.field(default_factory=Files)  # whose node_field holds paths, such as "law/eu"
+  synthetic: SyntheticTree = dataclasses.field(default_factory=SyntheticTree)
+  partition: Partition = dataclasses.field(default_factory=Partition)
+  swap: Swap = dataclasses.field(default_factory=Swap)
   overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -94,7 +201,11 @@ class DataConfig:
 
   tokenizer: str = "bytes"  # "bytes" or the path of a Hugging Face tokenizers JSON file
   sequence_length: int = 128  # predicted tokens per window
+  packing: str = "stream"  # stream: windows run on across documents | documents: each window is of one document
+  document_mask: bool = False  # attention stays within the document (matters for packing=stream)
   max_train_bytes: int = 0  # use at most this much of each node's training text; 0: all
+  invalid_utf8: str = "error"  # error | replace: what happens to bytes that are no UTF-8
+  cache: str = ""  # folder of the tokenised texts; "": worldlm_jax in the user's cache folder
 
 
 @dataclasses.dataclass(slots=True)

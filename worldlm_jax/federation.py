@@ -20,7 +20,7 @@ from worldlm_jax import checks, config as config_lib
 
 ROOT = "."
 _YAML_SOURCES: dict[str, Callable[[str, Path], config_lib.Source]] = {
-  "text": lambda value, base: config_lib.TextFolder(str(base / Path(value).expanduser())),
+  "text": lambda value, base: config_lib.Files(str(base / Path(value).expanduser())),
   "stdlib": lambda value, base: config_lib.StandardLibrary(value),
 }
 
@@ -162,7 +162,7 @@ def _tree_from_folder(folder: Path, name: str) -> config_lib.Node:
   if not children and not has_text:
     checks.fail("federation.folder", str(folder), "a folder that holds .txt files or folders of them",
                 "add train.txt, valid.txt and test.txt (or other .txt files), or remove the folder")
-  data = config_lib.TextFolder(str(folder)) if has_text else None
+  data = config_lib.Files(str(folder)) if has_text else None
   return config_lib.Node(name, data, children)
 
 

@@ -1,40 +1,24 @@
-"""The texts of one node: documents in three splits."""
+"""Documents: what every source gives, and the split that a document belongs to."""
 
-import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Documents:
-  """The documents of each split, and for each split where they come from, in words for error messages."""
+class Document(NamedTuple):
+  """One document. What its source does not say is left empty."""
 
-  train: tuple[str, ...]
-  valid: tuple[str, ...]
-  test: tuple[str, ...]
-  origins: dict[str, str]
-
-
-def num_bytes(documents: Sequence[str]) -> int:
-  """The size of the documents in UTF-8, without separators."""
-  return sum(len(document.encode()) for document in documents)
+  text: str
+  split: str = ""  # of SPLITS; "": it goes where `split_of` puts it
+  tag: str = ""  # what the source's node_field says
+  replaced: int = 0  # how many invalid byte sequences became replacement characters
 
 
-def first_bytes(documents: Sequence[str], max_bytes: int) -> tuple[str, ...]:
-  """The longest run of whole leading documents within `max_bytes` UTF-8 bytes; 0 means all of them.
+class Corpus(NamedTuple):
+  """An opened source. Opening finds what is wrong with it as far as that goes without reading everything."""
 
-  A first document that is longer by itself is cut at the last character boundary within `max_bytes`.
-  """
-  if not max_bytes:
-    return tuple(documents)
-  kept, room = [], max_bytes
-  for document in documents:
-    encoded = document.encode()
-    if len(encoded) > room:
-      break
-    kept.append(document)
-    room -= len(encoded)
-  if documents and not kept:
-    kept = [documents[0].encode()[:max_bytes].decode(errors="ignore")]
-  return tuple(kept)
+  origin: str  # what errors call it, such as "texts/law/train.txt"
+  fingerprint: str  # changes whenever a document does, and does not depend on where the files lie
+  documents: Callable[[], Iterator[Document]]  # from the first on, in the same order every time; may raise InputError

@@ -19,7 +19,7 @@ _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 def read(source: config.Source) -> Documents:
   """The documents of `source`. Raises `ValueError` where text is missing or unreadable."""
   readers: dict[type, Callable[[Any], Documents]] = {
-    config.TextFolder: lambda source: read_text(source.path),
+    config.Files: lambda source: read_text(source.path),
     config.StandardLibrary: lambda source: stdlib.read(source.family),
   }
   checks.require(type(source) in readers, "data", source, " or ".join(kind.__name__ for kind in readers))
@@ -38,18 +38,18 @@ def read_text(path: str) -> Documents:
   """
   folder = Path(path).expanduser()
   remedy = "correct the path; a relative one starts from the current directory"
-  checks.require(bool(path) and folder.exists(), "TextFolder.path", path, "an existing folder or .txt file", remedy)
+  checks.require(bool(path) and folder.exists(), "Files.path", path, "an existing folder or .txt file", remedy)
   if folder.is_dir():
     fixed = {name: folder / f"{name}.txt" for name in SPLITS}
     missing = [file.name for file in fixed.values() if not file.is_file()]
     if len(missing) < len(SPLITS):
-      checks.require(not missing, "TextFolder.path", path, f"all of train.txt, valid.txt and test.txt, but it lacks "
+      checks.require(not missing, "Files.path", path, f"all of train.txt, valid.txt and test.txt, but it lacks "
                      f"{', '.join(missing)}", "add it, or rename the others to have all .txt files split 90/5/5")
       return _read_splits(fixed)
     files = sorted(file for file in folder.glob("*.txt") if file.is_file())
   else:
     files = [folder] if folder.suffix == ".txt" else []
-  checks.require(bool(files), "TextFolder.path", path, "a .txt file or a folder that holds .txt files",
+  checks.require(bool(files), "Files.path", path, "a .txt file or a folder that holds .txt files",
                  "put train.txt, valid.txt and test.txt there, or any .txt files to be split 90/5/5")
   return split([document for file in files for document in _read_file(file)], path)
 
@@ -64,7 +64,7 @@ def split(documents: list[str], path: str) -> Documents:
   for document in documents:
     groups.setdefault(hashlib.sha256(document.encode()).hexdigest(), []).append(document)
   count = len(groups)
-  checks.require(count >= 3, "TextFolder.path", path, f"at least 3 distinct documents to split, but it has {count}",
+  checks.require(count >= 3, "Files.path", path, f"at least 3 distinct documents to split, but it has {count}",
                  "separate documents by blank lines, or split them yourself into train.txt, valid.txt and test.txt")
   end_of_train = min(count * 90 // 100, count - 2)
   end_of_valid = max(end_of_train + 1, min(count * 95 // 100, count - 1))

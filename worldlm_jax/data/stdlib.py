@@ -67,7 +67,7 @@ def read(family: str, stdlib: Path | None = None) -> Documents:
   size = num_bytes(list(texts.values()))
   checks.require(size >= _MIN_BYTES, "StandardLibrary.family", family,
                  f"at least {_MIN_BYTES} bytes of its source files in {stdlib}, but found {size}",
-                 "use a Python installed with the sources of its standard library, or a TextFolder")
+                 "use a Python installed with the sources of its standard library, or a Files")
   return _split(texts, f"stdlib {family}")
 
 
