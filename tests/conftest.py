@@ -9,7 +9,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -160,6 +160,14 @@ def assert_trees_close(actual: Any, expected: Any, atol: float, message: str = "
     jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves_with_path(expected), strict=True
   ):
     np.testing.assert_allclose(a, e, atol=atol, rtol=0, err_msg=f"{message}{jax.tree_util.keystr(path)}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """Tokenised texts are kept away from the user's own."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
 
 
 @pytest.fixture(scope="session")

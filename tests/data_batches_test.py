@@ -1,6 +1,5 @@
 """Laws of packing, windows and batches, and the text of a node."""
 
-import dataclasses
 import itertools
 
 import hypothesis
@@ -9,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from worldlm_jax import config
-from worldlm_jax.data import batches, documents, tokenizer, windows
+from worldlm_jax.data import batches, documents, evaluation, tokenizer, windows
 
 _BYTES = tokenizer.ByteTokenizer()
 
@@ -21,24 +20,6 @@ def _windows(count: int, length: int = 3) -> windows.Windows:
 
 def _window_ids(batches_xBxL: np.ndarray, length: int = 3) -> np.ndarray:
   return batches_xBxL[..., 0].reshape(-1) // length
-
-
-@hypothesis.given(st.lists(st.text(max_size=17), max_size=7))
-def test_pack_puts_a_separator_before_each_document(texts):
-  tokens = windows.pack(texts, _BYTES)
-  assert tokens.dtype == np.uint16
-  assert tokens.tolist() == [i for text in texts for i in (256, *text.encode())]
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
-def test_pack_never_wraps_ids(vocab_size, dtype):
-  class Large(tokenizer.ByteTokenizer):
-    separator_id = vocab_size - 1
-
-  Large.vocab_size = vocab_size
-  tokens = windows.pack(["a", "b"], Large())
-  assert tokens.dtype == dtype
-  assert tokens.tolist() == [vocab_size - 1, 97, vocab_size - 1, 98]
 
 
 @hypothesis.given(st.integers(0, 61), st.integers(1, 13))
@@ -55,20 +36,44 @@ def test_windows_predict_every_token_at_most_once_and_overlap_by_one(num_tokens,
 
 def test_evenly_spaced():
   view = _windows(11)
-  assert windows.evenly_spaced(view, 0).tolist() == [row.tolist() for row in view]
-  assert windows.evenly_spaced(view, 11).tolist() == windows.evenly_spaced(view, 999).tolist() == [
-    row.tolist() for row in view]
-  some = windows.evenly_spaced(view, 3)
-  assert some.dtype == np.int32 and some.shape == (3, 4)
-  assert _window_ids(some).tolist() == [1, 5, 9]  # the middles of three equal parts
-  assert windows.evenly_spaced(windows.Windows(np.zeros(0, np.uint16), 5), 3).shape == (0, 6)
+  assert windows.evenly_spaced(view, 0).tolist() == list(range(11))
+  assert windows.evenly_spaced(view, 11).tolist() == windows.evenly_spaced(view, 999).tolist() == list(range(11))
+  assert windows.evenly_spaced(view, 3).tolist() == [1, 5, 9]  # the middles of three equal parts
+  assert windows.evenly_spaced(windows.Windows(np.zeros(0, np.uint16), 5), 3).shape == (0,)
 
 
 @hypothesis.given(st.integers(1, 97), st.integers(1, 97))
 def test_evenly_spaced_windows_are_distinct_and_in_order(total, count):
-  ids = _window_ids(windows.evenly_spaced(_windows(total), count))
-  assert len(ids) == min(total, count)
-  assert (np.diff(ids) > 0).all()
+  numbers = windows.evenly_spaced(_windows(total), count)
+  assert len(numbers) == min(total, count)
+  assert (np.diff(numbers) > 0).all()
+
+
+@hypothesis.given(st.lists(st.integers(1, 23), min_size=1, max_size=7), st.integers(1, 7))
+def test_windows_of_single_documents_predict_every_token_once_and_never_look_across(sizes, length):
+  starts = np.cumsum([0, *(size + 1 for size in sizes)])[:-1].astype(np.uint64)
+  tokens = np.arange(sum(sizes) + len(sizes), dtype=np.uint16)  # a token tells its place
+  view = windows.Windows(tokens, length, starts)
+  rows = [view[i] for i in range(len(view))]
+  targets = []
+  for i, row in enumerate(rows):
+    count = view.num_targets(i)
+    assert row.dtype == np.int32 and row.shape == (length + 1,)
+    assert 1 <= count == np.count_nonzero(row[1:] != windows.PADDING)
+    assert (row[count + 1 :] == windows.PADDING).all()  # padding comes last
+    document = np.searchsorted(starts, row[0], side="right")
+    # Its last target may be the separator after the document, and nothing beyond it.
+    assert row[: count + 1].tolist() == list(range(row[0], row[0] + count + 1))
+    assert document == len(starts) or row[count] <= starts[document]
+    targets += row[1 : count + 1].tolist()
+  assert targets == list(range(1, len(tokens)))
+
+
+def test_windows_of_documents_beyond_the_last_are_refused():
+  view = windows.Windows(np.arange(9, dtype=np.uint16), 3, np.array([0, 5], np.uint64))
+  assert len(view) == 3
+  with pytest.raises(IndexError, match="window 3 of 3"):
+    view[3]
 
 
 def test_batches_are_the_windows():
@@ -123,52 +128,59 @@ def folder(tmp_path):
   return config.Files(str(tmp_path))
 
 
+def _load(source, spec=_BYTES, path="world/a", **data):
+  return batches.load([(path, source)], config.DataConfig(**({"sequence_length": 5} | data)), spec)[path]
+
+
 def test_text_of_a_node(folder):
-  text = batches.load_node("world/a", folder, config.DataConfig(sequence_length=5), _BYTES)
+  text = _load(folder)
   assert text.path == "world/a"
   assert text.train.tokens.tolist() == [256, *"one é two".encode(), 256, *b"three", 256, *b"four"]
-  assert text.text_bytes == {"train": 19, "valid": 8, "test": 11}
-  assert text.bytes_per_token == {"train": 19 / 22, "valid": 8 / 9, "test": 11 / 12}
+  assert [text.bytes_per_token(split) for split in documents.SPLITS] == [19 / 22, 8 / 9, 11 / 12]
   assert (len(text.train), len(text.valid), len(text.test)) == (21 // 5, 8 // 5, 11 // 5)
 
 
+def test_packing_by_documents(folder):
+  text = _load(folder, packing="documents")
+  found = [text.train[i].tolist() for i in range(len(text.train))]
+  assert found == [
+    [256, *"one é".encode()[:5]], ["one é".encode()[4], *"é two".encode()[1:6]], [111, 256, -1, -1, -1, -1],
+    [256, *b"three"], [101, 256, -1, -1, -1, -1], [256, *b"four", -1],
+  ]
+  assert _load(folder, packing="documents", sequence_length=99).train[2].tolist()[:6] == [256, *b"four", -1]
+  assert text.digest == _load(folder).digest
+
+
 def test_max_train_bytes_cuts_train_alone(folder):
-  data = config.DataConfig(sequence_length=5, max_train_bytes=17)
-  text = batches.load_node("world/a", folder, data, _BYTES)
-  assert text.text_bytes == {"train": 15, "valid": 8, "test": 11}
+  full, cut = _load(folder), _load(folder, max_train_bytes=17)
+  assert [cut.text.splits[split].counts.text_bytes for split in documents.SPLITS] == [15, 8, 11]
+  assert cut.train.tokens.tolist() == full.train.tokens[: 15 + 2].tolist()
+  # A first document that is longer than that is cut between two characters.
+  assert _load(folder, max_train_bytes=5, sequence_length=3).train.tokens.tolist() == [256, *b"one "]
 
 
 def test_digest_changes_with_text_and_tokenizer_only(folder, tmp_path):
   class Renamed(tokenizer.ByteTokenizer):
     name = "renamed"
 
-  def digest(path="world/a", spec=_BYTES, **data):
-    return batches.load_node(path, folder, config.DataConfig(**({"sequence_length": 5} | data)), spec).digest
-
-  first = digest()
+  first = _load(folder).digest
   assert len(first) == 16 and int(first, 16)
-  assert digest("world/b") == digest(sequence_length=7) == first
-  changed = [digest(spec=Renamed()), digest(max_train_bytes=17)]
+  assert _load(folder, path="world/b").digest == _load(folder, sequence_length=7).digest == first
+  changed = [_load(folder, Renamed()).digest, _load(folder, max_train_bytes=17).digest]
   for name in documents.SPLITS:
     file = tmp_path / f"{name}.txt"
     file.write_text(file.read_text(encoding="utf-8") + "!", encoding="utf-8")
-    changed.append(digest())
+    changed.append(_load(folder).digest)
   assert len({first, *changed}) == 6
 
 
-def test_split_shorter_than_a_window(folder, tmp_path):
-  data = config.DataConfig(sequence_length=11)
+def test_split_shorter_than_a_window(folder):
   with pytest.raises(ValueError, match=r"world/a: config.data.sequence_length=11: expected at most 8, because "
-                                       r".*valid.txt has 9 tokens and one window takes 12; set .* more text$"):
-    batches.load_node("world/a", folder, data, _BYTES)
-  batches.load_node("world/a", folder, dataclasses.replace(data, sequence_length=8), _BYTES)  # the limit it names
-  with pytest.raises(ValueError, match=r"train.txt has 3 tokens .* more text \(config.data.max_train_bytes\)$"):
-    batches.load_node("world/a", folder, config.DataConfig(sequence_length=5, max_train_bytes=2), _BYTES)
-
-
-def test_unreadable_text_names_the_node(tmp_path):
-  with pytest.raises(ValueError, match=r"^world/a: Files.path=.*expected an existing folder"):
-    batches.load_node("world/a", config.Files(str(tmp_path / "no")), config.DataConfig(), _BYTES)
+                                       r"the valid split has 9 tokens and one window takes 12; set .* more text$"):
+    _load(folder, sequence_length=11)
+  _load(folder, sequence_length=8)  # the limit it names
+  with pytest.raises(ValueError, match=r"train split has 3 tokens .* more text \(config.data.max_train_bytes\)$"):
+    _load(folder, max_train_bytes=2)
 
 
 def test_load_all(folder):
@@ -177,3 +189,40 @@ def test_load_all(folder):
   assert list(texts) == ["world/a", "world/b"]
   assert [text.path for text in texts.values()] == list(texts)
   assert texts["world/a"].digest != texts["world/b"].digest
+
+
+def test_adding_a_node_changes_no_other_nodes_batches(tmp_path):
+  """Law 2, from the documents to the batches, with nodes that choose among the same documents."""
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "all.txt").write_text("\n\n".join(f"document {i} of {name}" for i in range(199)))
+  a, b = (config.Files(str(tmp_path / name)) for name in ("a", "b"))
+  crossed = config.Swapped(a, b, 0.5)
+
+  def stream(cache, *nodes):
+    data = config.DataConfig(sequence_length=7, cache=str(tmp_path / cache))
+    text = batches.load([*nodes, ("x", crossed)], data, _BYTES)["x"]
+    return batches.NodeBatches(text.train, 5, seed=0, path="x").batches(0, 11).tolist()
+
+  alone = stream("alone")
+  assert alone == stream("before", ("b", b), ("a", a)) == stream("after", ("y", config.Swapped(b, a, 0.5)))
+
+
+def test_evaluation_windows_are_those_of_the_text(folder):
+  text, by_documents = _load(folder), _load(folder, packing="documents")
+  level = evaluation.Evaluation([text.train, None, by_documents.train], 3, 6)
+  assert level.counts.tolist() == [3, 0, 3]
+  assert [level.num_targets(i) for i in range(3)] == [15, 0, sum(by_documents.train.num_targets(i) for i in (1, 3, 5))]
+  arrays, counts = level.arrays()
+  assert arrays.shape == (3, 3, 6) and arrays.dtype == np.int32 and counts.tolist() == [3, 0, 3]
+  assert arrays[0].tolist() == [text.train[i].tolist() for i in windows.evenly_spaced(text.train, 3)]
+  assert not arrays[1].any()
+  # In pieces, as scoring asks for them; row 3 is a ghost.
+  piece = level.take(np.array([0, 3, 2]), 2, np.array([1, 0, 1]), 2)
+  assert piece[0].tolist() == [arrays[0, 2].tolist(), [0] * 6] and not piece[1].any()
+  assert piece[2, 0].tolist() == arrays[2, 2].tolist()
+
+
+def test_evaluation_without_any_text():
+  arrays, counts = evaluation.Evaluation([None, None], 3, 6).arrays()
+  assert arrays.shape == (2, 1, 6) and not counts.any()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from worldlm_jax import config
 from worldlm_jax.data import documents, stdlib
 
 _STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -12,9 +13,9 @@ _STDLIB = Path(sysconfig.get_path("stdlib"))
 
 @pytest.mark.parametrize("family", stdlib.FAMILIES)
 def test_every_family_is_large_enough_and_split_by_file(family):
-  docs = stdlib.read(family)
-  parts = {name: getattr(docs, name) for name in documents.SPLITS}
-  sizes = {name: documents.num_bytes(part) for name, part in parts.items()}
+  found = list(stdlib.open_family(config.StandardLibrary(family)).documents())
+  parts = {name: [document.text for document in found if document.split == name] for name in documents.SPLITS}
+  sizes = {name: sum(len(text.encode()) for text in part) for name, part in parts.items()}
   total = sum(sizes.values())
   assert total >= 200_000
   for name in ("valid", "test"):
@@ -75,9 +76,14 @@ def test_docstrings_are_cleaned_and_in_order(tmp_path):
 
 def test_an_installation_without_sources(tmp_path):
   with pytest.raises(ValueError, match=r"family='code': expected at least .* but found \d+; use a Python installed"):
-    stdlib.read("code", _fake_library(tmp_path))
+    stdlib.open_family(config.StandardLibrary("code"), stdlib=_fake_library(tmp_path))
 
 
 def test_unknown_family():
   with pytest.raises(ValueError, match=r"family='code/netwrok': expected one of .*did you mean 'code/network'"):
-    stdlib.read("code/netwrok")
+    stdlib.open_family(config.StandardLibrary("code/netwrok"))
+
+
+def test_the_fingerprint_tells_families_apart_and_stays():
+  first, again, other = (stdlib.open_family(config.StandardLibrary(f)).fingerprint for f in ("code", "code", "code/data"))
+  assert first == again != other

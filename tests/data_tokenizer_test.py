@@ -49,6 +49,31 @@ def test_round_trip_without_separator(any_tokenizer):
   assert any_tokenizer.decode([]) == any_tokenizer.decode(np.zeros(0, np.int32)) == ""
 
 
+@pytest.mark.parametrize("texts", [[_TEXT, "", "one"], ["a"], []])
+def test_pack_puts_a_separator_before_each_text(any_tokenizer, texts):
+  tokens, starts = any_tokenizer.pack(texts)
+  expected = [[any_tokenizer.separator_id, *any_tokenizer.encode(text).tolist()] for text in texts]
+  assert tokens.tolist() == [i for part in expected for i in part]
+  assert starts.tolist() == [sum(map(len, expected[:i])) for i in range(len(texts))]
+  assert tokens.dtype == tokenizer.token_dtype(any_tokenizer) == np.uint16
+
+
+@hypothesis.given(st.lists(st.text(max_size=17), max_size=7))
+def test_bytes_pack_any_text(texts):
+  tokens, starts = tokenizer.ByteTokenizer().pack(texts)
+  assert tokens.tolist() == [i for text in texts for i in (256, *text.encode())]
+  assert (tokens[starts] == 256).all() and len(starts) == len(texts)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_ids_on_disk_never_wrap(vocab_size, dtype):
+  class Sized(tokenizer.ByteTokenizer):
+    pass
+
+  Sized.vocab_size = vocab_size
+  assert tokenizer.token_dtype(Sized()) == dtype
+
+
 def test_broken_text_is_replaced():
   assert tokenizer.ByteTokenizer().decode([97, 0xFF, 98]) == "a\ufffdb"
 

@@ -246,3 +246,18 @@ def test_wsd_rates_stay_and_fall_over_the_last_fifth():
   rates = rates_of("wsd", 23)  # 3 of warm-up, 20 beyond, 4 of which fall; none is wasted at rate 0
   np.testing.assert_allclose(rates[2:20], np.full(18, 0.7), rtol=1e-6)
   np.testing.assert_allclose(rates[20:] / 0.7, [0.75, 0.5, 0.25], atol=1e-6)
+
+
+def test_padding_counts_neither_in_the_mean_nor_as_tokens():
+  """A window cut short by padding trains like the shorter window, beside a full one."""
+  work = work_of(steps=2, batch_size=2)
+  cut = work.windows.copy()
+  cut[:, 1, 4:] = -1
+  trained = train(start(), fresh(), work._replace(windows=cut))
+  assert trained.tokens == 2 * (7 + 3)
+  loss = jax.jit(model.loss_sum, static_argnums=0)
+  separate = [loss(ARCH, start(), cut[0, :1], np.ones(1, bool)), loss(ARCH, start(), cut[0, 1:2, :4], np.ones(1, bool))]
+  np.testing.assert_allclose(trained.losses[0], sum(separate) / 10, rtol=1e-5)
+  assert train(start(), fresh(), work).tokens == 2 * 2 * 7
+  micro = train(start(), fresh(microbatch_size=1), work._replace(windows=cut), microbatch_size=1)
+  np.testing.assert_allclose(micro.losses, trained.losses, rtol=1e-5)

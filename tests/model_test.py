@@ -290,3 +290,47 @@ def test_presets_have_exactly_the_documented_number_of_parameters(name, count):
   assert trees.num_parameters(model.abstract_params(arch)) == embeddings + arch.num_layers * block + d == count
   assert arch.vocab_size == (257 if name == "tiny" else 50_432)
   assert arch.d_model % (2 * arch.num_heads) == arch.num_heads % arch.num_kv_heads == 0
+
+
+SEPARATOR = V - 1
+
+
+def masked():
+  return dataclasses.replace(small(**ONE_STACK), document_separator=SEPARATOR)
+
+
+def test_attention_stays_within_the_document():
+  """Each document's logits are those that it has alone, wherever it stands."""
+  arch = masked()
+  params = start(arch)
+  first, second = (np.array([SEPARATOR, *ids], np.int32) for ids in ([1, 2], [3, 4, 5]))
+  joint = apply(arch, params, np.concatenate([first, second])[None])[0]
+  alone = [apply(arch, params, np.pad(part, (0, T - len(part)))[None])[0, : len(part)] for part in (first, second)]
+  np.testing.assert_allclose(joint, np.concatenate(alone), atol=1e-4)
+  unmasked = apply(small(**ONE_STACK), params, np.concatenate([first, second])[None])[0]
+  np.testing.assert_allclose(unmasked[: len(first)], alone[0], atol=1e-4)
+  assert np.abs(unmasked[len(first) :] - alone[1]).max() > 1e-2
+
+
+def test_a_window_may_begin_within_a_document():
+  """What stands before the first separator is one document too."""
+  arch = masked()
+  params = start(arch)
+  tokens = np.array([[1, 2, SEPARATOR, 3, 4, 5, 6]], np.int32)
+  changed = tokens.copy()
+  changed[0, 0] = 7
+  before, after = (np.asarray(apply(arch, params, t)[0]) for t in (tokens, changed))
+  assert np.abs(before[:2] - after[:2]).max(axis=1).min() > 1e-3
+  np.testing.assert_array_equal(before[2:], after[2:])
+
+
+def test_padding_is_not_predicted_and_changes_nothing_before_it():
+  arch = small(**ONE_STACK)
+  params = start(arch)
+  window = tokens_of(3, 1, T + 1)
+  padded = np.concatenate([window, np.full((1, 4), -1, np.int32)], axis=1)
+  whole, padded_too = (loss_and_gradient(arch, params, w, np.ones(1, bool)) for w in (window, padded))
+  np.testing.assert_allclose(padded_too[0], whole[0], rtol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-3, rtol=1e-3), padded_too[1], whole[1])
+  assert model.num_targets(jnp.asarray(padded), np.ones(1, bool)) == T
+  assert model.num_targets(jnp.asarray(np.repeat(padded, 3, axis=0)), np.array([True, False, True])) == 2 * T

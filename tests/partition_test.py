@@ -89,3 +89,19 @@ def test_elsewhere_as_many_nodes_train_at_once_as_fit_beside_the_state(num_nodes
   mesh = types.SimpleNamespace(devices=np.array([device, device], object), shape={"node": 2})
   params, state = {"x": np.ones(1, np.int8)}, {"x": np.ones(20, np.int8)}
   assert partition.choose_nodes_at_once(num_nodes, params, state, mesh) == expected
+
+
+def test_put_spreads_the_rows_over_the_devices():
+  mesh, rows = mesh_of(4), np.arange(24).reshape(8, 3)
+  placed = partition.put({"a": rows, "b": None}, mesh)
+  np.testing.assert_array_equal(placed["a"], rows)
+  assert placed["a"].sharding == partition.node_sharding(mesh) and placed["b"] is None
+  assert [shard.data.shape for shard in placed["a"].addressable_shards] == [(2, 3)] * 4
+
+
+@pytest.mark.parametrize(("num_nodes", "own"), [(7, [1, 1, 1, 1, 0, 0, 0]), (3, [1, 1, 0]), (1, [1]), (8, [1] * 4 + [0] * 4)])
+def test_a_process_has_the_nodes_on_its_own_devices(num_nodes, own):
+  devices = [types.SimpleNamespace(process_index=process) for process in (0, 0, 1, 1)]
+  mesh = types.SimpleNamespace(shape={"node": 4}, devices=np.array(devices, object))
+  assert partition.own_nodes(num_nodes, mesh).tolist() == [bool(i) for i in own]
+  assert partition.own_nodes(num_nodes, mesh_of(4)).all()

@@ -112,7 +112,7 @@ def unbroken(texts, tmp_path_factory):
 
 def outcome(process: subprocess.CompletedProcess, workdir: Path):
   summary = json.loads((workdir / "summary.json").read_text())
-  del summary["seconds"]
+  del summary["seconds"], summary["waiting_for_data_share"]
   return process.stdout.split("digest ")[1].split()[0], (workdir / "metrics.jsonl").read_text(), summary
 
 
@@ -321,7 +321,8 @@ def test_waiting_for_data_and_compiling_are_booked_apart(finished):
   seconds = json.loads((finished / "summary.json").read_text())["seconds"]
   assert set(seconds) == {"compiling", "training", "aggregating", "evaluating", "saving", "waiting_for_data"}
   assert all(value >= 0 for value in seconds.values())
-
+  share = json.loads((finished / "summary.json").read_text())["waiting_for_data_share"]
+  assert share == pytest.approx(seconds["waiting_for_data"] / sum(seconds.values()), abs=2e-3)
 
 
 
@@ -372,3 +373,61 @@ def test_levels_without_text_exchange_too_when_nodes_judge_by_their_validation_b
   train.run(config, tmp_path / "run")
   root = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
   assert root["accepted_up"] and root["attention_up"] == [{"p": 0.5, "q": 0.5}] * 2  # no text, no preference
+
+
+def test_the_summary_says_what_the_texts_hold(texts, finished):
+  data = json.loads((finished / "summary.json").read_text())["nodes"]["a/p"]["data"]
+  size = (Path(texts) / "a" / "p" / "train.txt").stat().st_size
+  assert data["train"] == {"documents": 1, "text_bytes": size, "tokens": size + 1, "replaced": 0, "empty": 0}
+  test = data["test"]
+  assert data["bytes_per_token"] == test["text_bytes"] / test["tokens"]
+  assert json.loads((finished / "summary.json").read_text())["duplicates"] == []
+
+
+class Listener(progress.Silent):
+  def __init__(self):
+    self.lines = []
+
+  def message(self, text):
+    self.lines.append(text)
+
+
+def test_what_is_trained_and_tested_on_is_reported(texts, tmp_path):
+  shutil.copytree(texts, tmp_path / "texts")
+  leaked = (tmp_path / "texts" / "b" / "s" / "test.txt").read_text()
+  with (tmp_path / "texts" / "a" / "train.txt").open("a") as file:
+    file.write(f"\n\n{leaked}")
+  config, listener = tiny_run(str(tmp_path / "texts")), Listener()
+  config.rounds = 1
+  summary = train.run(config, tmp_path / "run", reporter=listener)
+  assert "warning: 1 test document(s) of b/s are also in the training text of a" in listener.lines
+  assert summary["duplicates"] == [
+    {"node": "b/s", "split": "test", "also_in_node": "a", "also_in_split": "train", "documents": 1}
+  ]
+
+
+def test_windows_of_single_documents_train_from_end_to_end(texts, tmp_path):
+  config = tiny_run(texts)
+  config.rounds, config.data.packing, config.data.document_mask = 1, "documents", True
+  for path in Path(shutil.copytree(texts, tmp_path / "texts")).rglob("*.txt"):
+    path.write_text("\n\n".join(path.read_text().split(" ")))
+  config.federation.folder = str(tmp_path / "texts")
+  summary = train.run(config, tmp_path / "run")
+  most = 2 * 3 * 13  # steps, windows, tokens: padding is not counted
+  assert all(0 < node["tokens"] < most for path, node in summary["nodes"].items() if path != "b")
+  assert all(np.isfinite(node["personalised"]["loss_nats"]) for path, node in summary["nodes"].items() if path != "b")
+
+
+def test_artificial_languages_come_with_their_floor(tmp_path):
+  config = tiny_run("")
+  config.rounds = 1
+  config.federation = config_lib.FederationConfig(
+    synthetic=config_lib.SyntheticTree((2,), train_bytes=5000, eval_bytes=2000)
+  )
+  summary = train.run(config, tmp_path / "run")
+  leaves = [node for path, node in summary["nodes"].items() if path != "."]
+  assert len(leaves) == 2
+  for leaf in leaves:
+    floor = leaf["data"]["floor"]
+    assert 0 < floor["bits_per_byte"] < leaf["personalised"]["bits_per_byte"]
+    assert floor["perplexity"] == pytest.approx(np.exp(floor["loss_nats"]))

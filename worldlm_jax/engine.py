@@ -16,6 +16,7 @@ import numpy as np
 from worldlm_jax import local, model, partition, rngs, schedule, scoring, state as state_lib, trees
 from worldlm_jax.algorithms import rules, worldlm
 from worldlm_jax.config import Config
+from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.federation import Federation
 
 SCORE_BATCH = 32  # windows per forward pass when scoring, unless their logits are too many
@@ -28,6 +29,7 @@ class WaveLog(NamedTuple):
   rows: np.ndarray  # int [w]
   losses: jax.Array  # float32 [w, S], nats per token
   steps: jax.Array  # int32 [w]: steps taken
+  tokens: jax.Array  # int32 [w]: predicted in these steps
 
 
 class Engine:
@@ -119,35 +121,35 @@ class Engine:
       wave_work = wave_work._replace(steps=np.where(new, wave_work.steps, 0))
       wave = self._take(("take state", level), slim, start, len(rows))
       name = ("train", *wave_work.windows.shape)
-      wave, (losses, steps) = self._call(name, self._train_phase, wave, self._put(wave_work))
+      wave, found = self._call(name, self._train_phase, wave, self._put(wave_work))
       slim = self._call(("put", level, len(rows)), functools.partial(partition.put_wave, mesh=self.mesh), slim, wave,
                         np.int32(start), logs=False)
-      logs.append(WaveLog(rows[new], losses[new], steps[new]))
+      logs.append(WaveLog(rows[new], *(array[new] for array in found)))
     new_level = slim._replace(server=whole.server, residuals=whole.residuals, received=whole.received)
     return _with_level(state, level, new_level), logs
 
   def _train_phase(
     self, own: state_lib.LevelState, work: local.Workload
-  ) -> tuple[state_lib.LevelState, tuple[jax.Array, jax.Array]]:
+  ) -> tuple[state_lib.LevelState, tuple[jax.Array, jax.Array, jax.Array]]:
     trained = local.train_nodes(self.arch, self.config.optimizer, self.mesh, own.params, own.opt_state, work)
     took_part = trained.steps > 0
     moved = trees.subtract(trained.params["key_layers"], own.params["key_layers"])
-    tokens = jnp.float32(trained.steps * work.batch_size * (work.windows.shape[-1] - 1))
+    tokens = jnp.float32(trained.tokens)
     new = own._replace(
       params=trained.params, opt_state=trained.opt_state, update=trees.where(took_part, moved, own.update),
       own_tokens=own.own_tokens + tokens, tokens=own.tokens + tokens,
       trained=own.trained | took_part, fresh=own.fresh | took_part,
     )
-    return new, (trained.losses, trained.steps)
+    return new, (trained.losses, trained.steps, trained.tokens)
 
   def score(
-    self, state: state_lib.State, level: int, windows: np.ndarray, counts: np.ndarray
+    self, state: state_lib.State, level: int, evaluation: Evaluation, mask: np.ndarray
   ) -> list[tuple[np.ndarray, jax.Array]]:
-    """Scores a level's nodes on windows `[n, E, W]`, of which the first `counts[n]` count.
+    """Scores the nodes of a level for which `mask` (bool `[n]`) holds, on all of their evaluation windows.
 
     Returns pairs of (rows, summed losses of these rows), to be added up by `scores_by_row`.
     """
-    windows, counts = self._pad_host(level, windows), self._pad_host(level, counts)
+    counts = self._pad_host(level, np.where(mask, evaluation.counts, 0))
     score = functools.partial(scoring.score_nodes, self.arch, self.mesh)
     found = []
     for start, rows, new in self._waves(level):
@@ -156,9 +158,8 @@ class Engine:
         continue
       params = self._take(("take params", level), state[level].params, start, len(rows))
       for begin in range(0, int(wanted.max()), self._score_batch):
-        batch = windows[rows, begin : begin + self._score_batch]
-        batch = np.pad(batch, [(0, 0), (0, self._score_batch - batch.shape[1]), (0, 0)])
         here = np.clip(wanted - begin, 0, self._score_batch).astype(np.int32)
+        batch = evaluation.take(rows, begin, here, self._score_batch)
         arguments = params, self._put(batch), self._put(here)
         found.append((rows, self._call(("score", len(rows)), score, *arguments, donate=False, logs=False)))
     return found
@@ -204,7 +205,7 @@ class Engine:
     return partition.pad_nodes(array, self.mesh)
 
   def _put(self, tree: trees.PyTree) -> trees.PyTree:
-    return jax.device_put(tree, partition.node_sharding(self.mesh))
+    return partition.put(tree, self.mesh)
 
   def _call(self, name: tuple, phase: Callable, *args: Any, donate: bool = True, logs: bool = True) -> Any:
     """Calls the compiled phase; unless told otherwise, its first argument is given up to its first result.

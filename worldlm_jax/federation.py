@@ -1,4 +1,4 @@
-"""The federation tree: read from a config, a YAML file or a folder tree, resolved and frozen.
+"""The federation tree: resolved from a config and frozen.
 
 A node is named by its path from the root, such as `law/eu`; the root's own path is ".". Nodes of
 the same depth form a level; within a level the children of one parent stand side by side.
@@ -8,21 +8,12 @@ import copy
 import dataclasses
 import functools
 import math
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from worldlm_jax import checks, config as config_lib
-
-ROOT = "."
-_YAML_SOURCES: dict[str, Callable[[str, Path], config_lib.Source]] = {
-  "text": lambda value, base: config_lib.Files(str(base / Path(value).expanduser())),
-  "stdlib": lambda value, base: config_lib.StandardLibrary(value),
-}
+from worldlm_jax import checks, config as config_lib, tree_sources, validation
+from worldlm_jax.tree_sources import ROOT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +89,20 @@ def resolve(config: config_lib.Config) -> Federation:
 
   Raises `ValueError` naming the field or node, its value, what was expected and the remedy.
   """
-  config_lib.validate(config)
-  root = _configured_tree(config.federation)
+  validation.validate(config)
+  root = tree_sources.configured_tree(config.federation, config.data)
   levels: list[list[Member]] = []
   unused = {path: dict(values) for path, values in config.federation.overrides.items()}
 
   def visit(node: config_lib.Node, path: str, parent: str | None, inherited: config_lib.NodeSettings) -> None:
     own = dict(node.settings) | unused.pop(path, {})
     settings = _override(inherited, own, f"node {path!r}")
-    config_lib.validate_node_settings(settings, f"node {path!r}")
+    validation.validate_node_settings(settings, f"node {path!r}")
     if not node.children and node.data is None:
       checks.fail(f"node {path!r}: data", None, "a source of text at every node without children",
                   "give it data or remove the node")
+    if node.data is not None:
+      validation.validate_types(node.data, f"node {path!r}: data")
     level = depth(path)
     levels.extend([] for _ in range(level + 1 - len(levels)))
     levels[level].append(Member(path, node.name, parent, node.data, settings))
@@ -132,67 +125,6 @@ def parse_override(text: str) -> tuple[str, str, str]:
   if not (equals and dot and path and field):
     checks.fail("--node", text, "PATH.FIELD=VALUE, such as law/eu.local_steps=20 ('..local_steps=20' for the root)")
   return path, field, value
-
-
-def _configured_tree(federation: config_lib.FederationConfig) -> config_lib.Node:
-  given = [name for name in ("root", "yaml", "folder") if getattr(federation, name)]
-  if len(given) != 1:
-    checks.fail("config.federation", given, "exactly one of root, yaml and folder",
-                "pass for instance --config.federation.folder=PATH, with a config file that sets none of the others")
-  if federation.yaml:
-    return _tree_from_yaml(Path(federation.yaml))
-  if federation.folder:
-    folder = Path(federation.folder).expanduser()
-    checks.require(folder.is_dir(), "config.federation.folder", federation.folder, "an existing folder")
-    return _tree_from_folder(folder, folder.resolve().name)
-  assert federation.root is not None
-  return federation.root
-
-
-def _tree_from_folder(folder: Path, name: str) -> config_lib.Node:
-  """Each folder is a node; one that holds .txt files has data. Hidden folders are left out."""
-  try:
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-  except OSError as error:
-    message = f"federation.folder: {folder} cannot be read ({error.strerror}); make it readable"
-    raise checks.InputError(message) from error
-  names = [entry for entry in entries if not entry.name.startswith((".", "__"))]
-  children = [_tree_from_folder(Path(entry.path), entry.name) for entry in names if entry.is_dir()]
-  has_text = any(entry.is_file() and entry.name.endswith(".txt") for entry in names)
-  if not children and not has_text:
-    checks.fail("federation.folder", str(folder), "a folder that holds .txt files or folders of them",
-                "add train.txt, valid.txt and test.txt (or other .txt files), or remove the folder")
-  data = config_lib.Files(str(folder)) if has_text else None
-  return config_lib.Node(name, data, children)
-
-
-def _tree_from_yaml(path: Path) -> config_lib.Node:
-  """Nested mappings with the keys name, data ({text: FOLDER} or {stdlib: FAMILY}), settings, children."""
-  try:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-    raise checks.InputError(f"config.federation.yaml={str(path)!r}: expected a readable YAML file; {error}") from error
-
-  def build(entry: Any, where: str) -> config_lib.Node:
-    if not isinstance(entry, dict):
-      checks.fail(f"{path}: {where}", entry, "a mapping with the keys name, data, settings, children")
-    for key in entry:
-      checks.one_of(f"{path}: {where}: key", key, ("name", "data", "settings", "children"))
-    name = str(entry.get("name") or checks.fail(f"{path}: {where}: name", entry.get("name"), "a name"))
-    here = f"{where} / {name}"
-    data, children, settings = entry.get("data"), entry.get("children") or [], entry.get("settings") or {}
-    source: config_lib.Source | None = None
-    if data is not None:
-      if not (isinstance(data, dict) and len(data) == 1 and all(isinstance(v, str) for v in data.values())):
-        checks.fail(f"{path}: {here}: data", data, "{text: FOLDER} or {stdlib: FAMILY}")
-      ((kind, value),) = data.items()
-      checks.one_of(f"{path}: {here}: data", kind, _YAML_SOURCES)
-      source = _YAML_SOURCES[kind](value, path.parent)
-    checks.require(isinstance(children, list), f"{path}: {here}: children", children, "a list of nodes")
-    checks.require(isinstance(settings, dict), f"{path}: {here}: settings", settings, "a mapping of settings")
-    return config_lib.Node(name, source, [build(child, here) for child in children], settings)
-
-  return build(content, "root")
 
 
 def _check_names(names: list[str], path: str) -> None:

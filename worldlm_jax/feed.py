@@ -9,7 +9,7 @@ import numpy as np
 
 from worldlm_jax import local, schedule
 from worldlm_jax.data.batches import NodeBatches, NodeText
-from worldlm_jax.data.windows import evenly_spaced
+from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.federation import Federation
 
 
@@ -22,7 +22,7 @@ def workload(
   Args:
     federation: the tree.
     step: a step of kind "train".
-    batches: the batches of each node with data, by path.
+    batches: the batches of each node with data whose devices are this process's, by path.
     rates: the learning rate of each of a node's own steps, by path.
     positions: how many steps each node has made so far.
     shape: (S, B, W), the same for all levels so that they share one compiled program.
@@ -34,7 +34,8 @@ def workload(
   for i, member in enumerate(members):
     if step.active[i]:
       count, start = member.settings.local_steps, positions[member.path]
-      windows[i, :count, : member.settings.batch_size] = batches[member.path].batches(start, count)
+      if member.path in batches:  # otherwise another process has its text, and puts its windows in place
+        windows[i, :count, : member.settings.batch_size] = batches[member.path].batches(start, count)
       learning_rates[i, :count] = rates[member.path][start : start + count]
       steps[i] = count
   return local.Workload(
@@ -54,24 +55,14 @@ def workload_shape(federation: Federation, microbatch_size: int, sequence_length
   return steps, -(-batch // micro) * micro, sequence_length + 1
 
 
-def evaluation_windows(
+def evaluations(
   federation: Federation, texts: Mapping[str, NodeText], split: str, count: int, sequence_length: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-  """Per level, `count` windows of each node's split (0: all), the same every time.
-
-  Pairs of int32 `[n, E, W]`, E at least 1, filled up with zeros, and int32 `[n]`: how many a node has, 0
-  without text.
-  """
-  found = []
-  for level in federation.levels:
-    each = [
-      evenly_spaced(getattr(texts[m.path], split), count) if m.path in texts
-      else np.zeros((0, sequence_length + 1), np.int32) for m in level
-    ]
-    most = max(1, *(len(windows) for windows in each))  # a batch of no windows is more than a model can take
-    padded = np.stack([np.pad(windows, [(0, most - len(windows)), (0, 0)]) for windows in each])
-    found.append((padded, np.array([len(windows) for windows in each], np.int32)))
-  return found
+) -> list[Evaluation]:
+  """Per level, `count` windows of each node's split (0: all), the same every time."""
+  return [
+    Evaluation([getattr(texts[m.path], split) if m.path in texts else None for m in level], count, sequence_length + 1)
+    for level in federation.levels
+  ]
 
 
 class Feed:

@@ -40,6 +40,7 @@ class Trained(NamedTuple):
   opt_state: trees.PyTree
   losses: jax.Array  # float32 [S]: nats per token of each step; nan where there was none
   steps: jax.Array  # int32 scalar: steps taken; fewer than asked for where a loss was not finite
+  tokens: jax.Array  # int32 scalar: predicted in these steps
 
 
 def learning_rates(settings: NodeSettings, total_steps: int) -> np.ndarray:
@@ -85,10 +86,9 @@ def train_node(
   tx = optimizer(config, work.clip_norm, work.weight_decay)
   if config.moments == "reset":
     opt_state = trees.where(work.steps > 0, tx.init(params), opt_state)
-  max_steps, max_batch, width = work.windows.shape
+  max_steps, max_batch, _ = work.windows.shape
   micro = min(config.microbatch_size or max_batch, max_batch)
   assert max_batch % micro == 0, (max_batch, micro)
-  num_tokens = work.batch_size * (width - 1)
 
   def gradient(params: model.Params, windows_BxW: jax.Array) -> tuple[jax.Array, model.Params]:
     """Summed loss and its gradient over the batch, one microbatch after the other."""
@@ -105,19 +105,20 @@ def train_node(
     return jax.lax.fori_loop(0, -(-work.batch_size // micro), add, (jnp.float32(0), trees.zeros_like(params)))
 
   def step(carry: tuple) -> tuple:
-    i, _, params, state, losses_S = carry
+    i, _, params, state, losses_S, tokens = carry
     loss, grads = gradient(params, work.windows[i])
+    num_tokens = model.num_targets(work.windows[i], jnp.arange(max_batch) < work.batch_size)
     grads = jax.tree.map(lambda g: g / num_tokens, grads)
     updates, new_state = tx.update(grads, state, params)
     new_params = optax.apply_updates(params, jax.tree.map(lambda u: -work.learning_rates[i] * u, updates))
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(new_params))
     params, state = trees.where(finite, (new_params, new_state), (params, state))
-    return i + finite, finite, params, state, losses_S.at[i].set(loss / num_tokens)
+    return i + finite, finite, params, state, losses_S.at[i].set(loss / num_tokens), tokens + finite * num_tokens
 
   losses_S = jnp.full(max_steps, jnp.nan, jnp.float32)
-  carry = (jnp.int32(0), jnp.bool_(True), params, opt_state, losses_S)
-  steps, _, params, opt_state, losses_S = jax.lax.while_loop(lambda c: (c[0] < work.steps) & c[1], step, carry)
-  return Trained(params, opt_state, losses_S, steps)
+  carry = (jnp.int32(0), jnp.bool_(True), params, opt_state, losses_S, jnp.int32(0))
+  steps, _, params, opt_state, losses_S, tokens = jax.lax.while_loop(lambda c: (c[0] < work.steps) & c[1], step, carry)
+  return Trained(params, opt_state, losses_S, steps, tokens)
 
 
 def train_nodes(

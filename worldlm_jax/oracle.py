@@ -150,7 +150,7 @@ class Oracle:
       rates = self.learning_rate(q.path, node.step), settings.clip_norm, settings.weight_decay
       params, node.opt_state = self._step(params, node.opt_state, windows, *rates)
       node.step += 1
-      node.own_tokens += windows.shape[0] * (windows.shape[1] - 1)
+      node.own_tokens += np.count_nonzero(windows[:, 1:] >= 0)
     node.backbone, node.key_layers = params["backbone"], self._to_lists(params["key_layers"])
     node.update = _sum([node.key_layers, before], [1.0, -1.0])
     node.tokens += node.own_tokens
@@ -353,7 +353,7 @@ class Oracle:
       return 0.0
     windows = self.validation[q.path]
     params = {"backbone": backbone, "key_layers": self._from_lists(key_layers)}
-    return float(_loss(self.arch, params, windows)) / (windows.shape[0] * (windows.shape[1] - 1))
+    return float(_loss(self.arch, params, windows)) / np.count_nonzero(windows[:, 1:] >= 0)
 
   def _accept(self, q: Member, own: Layers, mixed: Layers, backbone: Any) -> Layers:
     if q.settings.acceptance == "always" or q.path not in self.validation:
@@ -381,7 +381,7 @@ def _optimizer_step(
   arch: model.Architecture, config: OptimizerConfig, params: model.Params, state: Any, windows_BxW: jax.Array,
   rate: float, clip_norm: float, weight_decay: float,
 ) -> tuple[model.Params, Any]:
-  tokens = windows_BxW.shape[0] * (windows_BxW.shape[1] - 1)
+  tokens = jnp.sum(windows_BxW[:, 1:] >= 0)
   grads = jax.grad(lambda p: _loss(arch, p, windows_BxW) / tokens)(params)
   updates, state = local.optimizer(config, clip_norm, weight_decay).update(grads, state, params)
   return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), state

@@ -40,6 +40,19 @@ def pad_nodes(array: np.ndarray, mesh: Mesh) -> np.ndarray:
   return np.pad(array, [(0, ghosts)] + [(0, 0)] * (array.ndim - 1))
 
 
+def own_nodes(num_nodes: int, mesh: Mesh) -> np.ndarray:
+  """Which nodes of a level lie on devices of this process: bool `[num_nodes]`; all of them in a single process."""
+  share = padded_size(num_nodes, mesh) // mesh.shape[NODE]
+  own = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+  return np.repeat(own, share)[:num_nodes]
+
+
+def put(tree: trees.PyTree, mesh: Mesh) -> trees.PyTree:
+  """Spreads axis 0 of the arrays over the nodes' devices. Each process's rows of its own nodes are taken."""
+  sharding = node_sharding(mesh)
+  return jax.tree.map(lambda array: jax.make_array_from_callback(array.shape, sharding, lambda i: array[i]), tree)
+
+
 def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   """Runs `function` on each device's own share of axis 0, without any communication."""
   spec = PartitionSpec(NODE)

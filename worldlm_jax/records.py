@@ -1,5 +1,6 @@
 """What is written about a round: one row per node, with who it took from and what its edges carried."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,9 @@ import jax
 import numpy as np
 
 from worldlm_jax import state as state_lib, trees
-from worldlm_jax.config import KeyLayerConfig
+from worldlm_jax.config import KeyLayerConfig, Source, Synthetic
+from worldlm_jax.data import synthetic
+from worldlm_jax.data.batches import NodeText
 from worldlm_jax.federation import ROOT, Federation
 from worldlm_jax.scoring import Score
 
@@ -34,6 +37,17 @@ def score_record(score: Score, bytes_per_token: float) -> dict[str, float]:
   return {
     "loss_nats": score.loss_nats, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte(bytes_per_token)
   }
+
+
+def text_record(text: NodeText, source: Source) -> dict[str, Any]:
+  """What a node's text holds, by split; of an artificial language also the least loss that is possible (`floor`)."""
+  found: dict[str, Any] = {name: split.counts._asdict() for name, split in text.text.splits.items()}
+  bytes_per_token = text.bytes_per_token("test")
+  found["bytes_per_token"] = bytes_per_token
+  if isinstance(source, Synthetic):
+    nats_per_byte = synthetic.language(source).entropy_bits_per_byte * math.log(2)
+    found["floor"] = score_record(Score(nats_per_byte * bytes_per_token, 1), bytes_per_token)
+  return found
 
 
 class Exchanges:
@@ -129,6 +143,7 @@ def present_residuals(state: state_lib.State, federation: Federation) -> dict[in
 def summary(
   federation: Federation, tokens: Mapping[str, int], sent: Mapping[str, list[int]],
   received: Mapping[str, dict[str, float]], personalised: Mapping[str, dict[str, float]], seconds: Mapping[str, float],
+  data: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
   """The content of summary.json, from what is known of each node by path.
 
@@ -139,6 +154,7 @@ def summary(
     received: test scores of the model as received, for nodes with text.
     personalised: test scores after training; a node that never trained has only what it received.
     seconds: by activity.
+    data: what the nodes' texts hold.
   """
   own = dict(received) | dict(personalised)
   nodes: dict[str, Any] = {}
@@ -146,7 +162,7 @@ def summary(
     down, up = sent.get(member.path, [0, 0])
     entry: dict[str, Any] = {"tokens": tokens.get(member.path, 0), "bytes_down": down, "bytes_up": up}
     if member.path in received:
-      entry |= {"received": received[member.path], "personalised": own[member.path]}
+      entry |= {"received": received[member.path], "personalised": own[member.path], "data": data[member.path]}
     below = [m.path for m in federation.subtree(member.path) if m.path in received]
     entry["subtree"] = {"received": _mean_and_worst(below, received), "personalised": _mean_and_worst(below, own)}
     nodes[member.path] = entry
@@ -155,6 +171,7 @@ def summary(
     "bytes_down": sum(entry["bytes_down"] for entry in nodes.values()),
     "bytes_up": sum(entry["bytes_up"] for entry in nodes.values()),
     "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    "waiting_for_data_share": round(seconds.get("waiting_for_data", 0.0) / max(sum(seconds.values()), 1e-9), 5),
   }
 
 

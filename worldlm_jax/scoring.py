@@ -37,7 +37,7 @@ class Score(NamedTuple):
 def mean_loss(arch: model.Architecture, params: model.Params, windows_ExW: jax.Array, count: jax.Array) -> jax.Array:
   """Mean loss in nats per token over the first `count` windows, all in one batch: float32 scalar."""
   rows_E = jnp.arange(windows_ExW.shape[0]) < count
-  return model.loss_sum(arch, params, windows_ExW, rows_E) / jnp.maximum(count * (windows_ExW.shape[1] - 1), 1)
+  return model.loss_sum(arch, params, windows_ExW, rows_E) / jnp.maximum(model.num_targets(windows_ExW, rows_E), 1)
 
 
 def score_nodes(

@@ -32,7 +32,8 @@ from worldlm_jax import (
   trees,
   workdir as workdir_lib,
 )
-from worldlm_jax.data import batches as batches_lib, tokenizer as tokenizer_lib
+from worldlm_jax.data import batches as batches_lib, duplicates, tokenizer as tokenizer_lib
+from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.scoring import Score
 
 PLACES_PER_ROUND = 10_000  # a checkpoint's number is round * PLACES_PER_ROUND + step within the round
@@ -85,13 +86,20 @@ class _Run:
     self.federation = federation_lib.resolve(config)
     tokenizer = tokenizer_lib.load(config.data.tokenizer)
     self.arch = _architecture(config, tokenizer)
-    sources = [(m.path, m.data) for m in self.federation.members if m.data is not None]
-    self.texts = batches_lib.load(sources, config.data, tokenizer)
-    digests = {path: text.digest for path, text in self.texts.items()}
     self.mesh = partition.make_mesh()
-    validation = self._windows("valid", config.evaluation.acceptance_windows)
-    needed = engine_lib.needs_validation(config, self.federation)
-    self.engine = engine_lib.Engine(config, self.federation, self.arch, self.mesh, validation if needed else None)
+    sources = [
+      (m.path, m.data) for level in self.federation.levels
+      for m, own in zip(level, partition.own_nodes(len(level), self.mesh), strict=True) if own and m.data is not None
+    ]
+    self.texts = batches_lib.load(sources, config.data, tokenizer, reporter.message)
+    self.duplicates = duplicates.find({path: text.text for path, text in self.texts.items()})
+    for line in duplicates.warnings(self.duplicates):
+      reporter.message(line)
+    digests = {path: text.digest for path, text in self.texts.items()}
+    validation = None
+    if engine_lib.needs_validation(config, self.federation):
+      validation = [e.arrays() for e in self._evaluations("valid", config.evaluation.acceptance_windows)]
+    self.engine = engine_lib.Engine(config, self.federation, self.arch, self.mesh, validation)
     abstract = self.engine.abstract_state()
     workdir_lib.check_space(workdir, trees.num_bytes(abstract), config.checkpoint)
     description = workdir_lib.describe(config, self.federation, digests)
@@ -110,8 +118,8 @@ class _Run:
       checks.require(places < PLACES_PER_ROUND, "rounds_per_parent_round", places, f"fewer than {PLACES_PER_ROUND} "
                      "phases in one round of the root", "repeat less often further down the tree")
     self.exchanges = records.Exchanges(self.federation, config.key_layers, model.abstract_params(self.arch))
-    self.valid = self._windows("valid", config.evaluation.valid_windows)
-    self.test = self._windows("test", config.evaluation.test_windows)
+    self.valid = self._evaluations("valid", config.evaluation.valid_windows)
+    self.test = self._evaluations("test", config.evaluation.test_windows)
     self.now = Progress()
     self.state = self._restore_or_begin(abstract)
     self.signal = ""
@@ -157,7 +165,7 @@ class _Run:
         self._evaluate(index, "personalised", step.level, personalised_at[place])
         if last:
           for path, score in self._scores(step.level, self.test[step.level], personalised_at[place]).items():
-            self.now.test[path] = records.score_record(score, self.texts[path].bytes_per_token["test"])
+            self.now.test[path] = records.score_record(score, self.texts[path].bytes_per_token("test"))
       else:
         self._up(index, step)
       self.now.step = place + 1
@@ -192,8 +200,8 @@ class _Run:
       self.state, logs = self.engine.train(self.state, step.level, work)
       jax.block_until_ready(self.state[step.level])
     members = self.federation.levels[step.level]
-    for rows, losses, taken in jax.device_get(logs):
-      for row, loss_S, count in zip(rows, losses, taken, strict=True):
+    for rows, losses, taken, predicted in jax.device_get(logs):
+      for row, loss_S, count, tokens in zip(rows, losses, taken, predicted, strict=True):
         if row >= len(members) or not work.steps[row]:
           continue
         path = members[row].path
@@ -204,23 +212,21 @@ class _Run:
           where = f"step {position + int(count) + 1} of the node's own; the state before that step"
           self._stop_for_good(what, path, index, where)
         self.now.positions[path] = position + int(count)
-        tokens = int(count) * members[row].settings.batch_size * self.config.data.sequence_length
-        self.now.tokens[path] = self.now.tokens.get(path, 0) + tokens
+        self.now.tokens[path] = self.now.tokens.get(path, 0) + int(tokens)
         records.add_training(self.now.rows[path], loss_S[:count])
 
   def _evaluate(self, index: int, kind: str, level: int, mask: np.ndarray) -> None:
     for path, score in self._scores(level, self.valid[level], mask).items():
       if not np.isfinite(score.loss_nats):
         self._stop_for_good(f"valid loss as {kind} is {score.loss_nats}", path, index, "model as it is now, which")
-      self.now.rows[path][kind] = records.score_record(score, self.texts[path].bytes_per_token["valid"])
+      self.now.rows[path][kind] = records.score_record(score, self.texts[path].bytes_per_token("valid"))
 
-  def _scores(self, level: int, windows: tuple[np.ndarray, np.ndarray], mask: np.ndarray) -> dict[str, Score]:
-    members, (rows, counts) = self.federation.levels[level], windows
-    counts = np.where(mask, counts, 0)
+  def _scores(self, level: int, evaluation: Evaluation, mask: np.ndarray) -> dict[str, Score]:
+    members = self.federation.levels[level]
     with self._timed("evaluating"):
-      sums = engine_lib.scores_by_row(self.engine.score(self.state, level, rows, counts), len(members))
-    tokens = counts * self.config.data.sequence_length
-    return {m.path: Score(float(sums[i]), int(tokens[i])) for i, m in enumerate(members) if tokens[i]}
+      sums = engine_lib.scores_by_row(self.engine.score(self.state, level, evaluation, mask), len(members))
+    scored = mask & (evaluation.counts > 0)
+    return {m.path: Score(float(sums[i]), evaluation.num_targets(i)) for i, m in enumerate(members) if scored[i]}
 
   def _finish_round(self, index: int, seconds: float) -> None:
     now = self.now
@@ -286,7 +292,7 @@ class _Run:
     """What remains to be trained on from `now`, in order."""
     batches = {
       m.path: batches_lib.NodeBatches(self.texts[m.path].train, m.settings.batch_size, self.config.seed, m.path)
-      for m in self.federation.members if m.data is not None
+      for m in self.federation.members if m.path in self.texts
     }
     totals = {m.path: 0 for m in self.federation.members}
     for stage, _ in self.rounds:
@@ -305,12 +311,12 @@ class _Run:
           for member, active in zip(self.federation.levels[step.level], step.active, strict=True):
             positions[member.path] += int(active) * member.settings.local_steps
 
-  def _windows(self, split: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    return feed_lib.evaluation_windows(self.federation, self.texts, split, count, self.config.data.sequence_length)
+  def _evaluations(self, split: str, count: int) -> list[Evaluation]:
+    return feed_lib.evaluations(self.federation, self.texts, split, count, self.config.data.sequence_length)
 
   def _title(self) -> list[str]:
     params = model.abstract_params(self.arch)
-    megabytes = sum(text.text_bytes["train"] for text in self.texts.values()) / 1e6
+    megabytes = sum(text.text.splits["train"].counts.text_bytes for text in self.texts.values()) / 1e6
     levels = ", ".join(str(len(level)) for level in self.federation.levels)
     return [
       f"{len(self.federation.members)} nodes in {len(self.federation.levels)} levels ({levels}), "
@@ -327,10 +333,12 @@ class _Run:
       everybody = np.ones(len(members), bool)
       self.state, _ = self.engine.down(self.state, schedule.Step("down", level, everybody, True), len(self.rounds))
       for path, score in self._scores(level, self.test[level], everybody).items():
-        received[path] = records.score_record(score, self.texts[path].bytes_per_token["test"])
-    return records.summary(
-      self.federation, self.now.tokens, self.now.bytes, received, self.now.test, self.now.seconds
+        received[path] = records.score_record(score, self.texts[path].bytes_per_token("test"))
+    data = {m.path: records.text_record(self.texts[m.path], m.data) for m in self.federation.members if m.data}
+    found = records.summary(
+      self.federation, self.now.tokens, self.now.bytes, received, self.now.test, self.now.seconds, data
     )
+    return found | {"duplicates": [duplicate._asdict() for duplicate in self.duplicates]}
 
   @contextlib.contextmanager
   def _timed(self, name: str) -> Iterator[None]:
@@ -367,7 +375,8 @@ class _Run:
 
 
 def _architecture(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> model.Architecture:
-  arch = model.architecture(config.model, tokenizer.vocab_size)
+  separator = tokenizer.separator_id if config.data.document_mask else None
+  arch = model.architecture(config.model, tokenizer.vocab_size, separator)
   if arch.vocab_size < tokenizer.vocab_size:
     raise checks.InputError(
       f"config.model.vocab_size={arch.vocab_size}: expected at least {tokenizer.vocab_size}, the vocabulary of "

@@ -4,17 +4,15 @@ Shape suffixes: S steps, B windows per batch, L predicted tokens per window.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
 from worldlm_jax import checks, config, rngs
-from worldlm_jax.data import sources
-from worldlm_jax.data.documents import SPLITS, first_bytes, num_bytes
+from worldlm_jax.data import cache
 from worldlm_jax.data.tokenizer import Tokenizer
-from worldlm_jax.data.windows import Windows, pack
+from worldlm_jax.data.windows import Windows
 
 
 class NodeBatches:
@@ -46,49 +44,48 @@ class NodeBatches:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NodeText:
-  """The text of one node, packed. `digest` changes with any token of any split and with the tokenizer."""
+  """The text of one node as windows. `digest` changes with any token of any split and with the tokenizer."""
 
   path: str
   train: Windows
   valid: Windows
   test: Windows
-  text_bytes: dict[str, int]  # by split: UTF-8 bytes of the documents, without separators
-  digest: str  # 16 hex digits
+  text: cache.Text
 
   @property
-  def bytes_per_token(self) -> dict[str, float]:
-    """By split: what turns nats per token into nats per byte. Separators count as tokens of no bytes."""
-    return {name: size / len(getattr(self, name).tokens) for name, size in self.text_bytes.items()}
+  def digest(self) -> str:
+    """16 hex digits."""
+    return self.text.digest
 
-
-def load_node(path: str, source: config.Source, data: config.DataConfig, tokenizer: Tokenizer) -> NodeText:
-  """Reads, cuts to `data.max_train_bytes` and packs the text of the node at `path`.
-
-  Raises:
-    ValueError: the text cannot be read, or a split is too short for one window; names the node.
-  """
-  try:
-    documents = sources.read(source)
-  except checks.InputError as error:
-    raise checks.InputError(f"{path}: {error}") from error
-  texts = {name: getattr(documents, name) for name in SPLITS}
-  texts["train"] = first_bytes(texts["train"], data.max_train_bytes)
-  digest = hashlib.sha256(tokenizer.name.encode())
-  windows = {}
-  for name, text in texts.items():
-    tokens = pack(text, tokenizer)
-    checks.require(len(tokens) > data.sequence_length, f"{path}: config.data.sequence_length", data.sequence_length,
-                   f"at most {len(tokens) - 1}, because {documents.origins[name]} has {len(tokens)} tokens and one "
-                   f"window takes {data.sequence_length + 1}", "set a shorter config.data.sequence_length, or use more "
-                   "text" + (" (config.data.max_train_bytes)" if name == "train" and data.max_train_bytes else ""))
-    digest.update(f"\n{name} {len(tokens)}\n".encode() + tokens.astype("<u4").tobytes())
-    windows[name] = Windows(tokens, data.sequence_length)
-  text_bytes = {name: num_bytes(text) for name, text in texts.items()}
-  return NodeText(path, **windows, text_bytes=text_bytes, digest=digest.hexdigest()[:16])
+  def bytes_per_token(self, split: str) -> float:
+    """What turns nats per token into nats per byte. Separators count as tokens of no bytes."""
+    counts = self.text.splits[split].counts
+    return counts.text_bytes / counts.tokens
 
 
 def load(
-  nodes: Sequence[tuple[str, config.Source]], data: config.DataConfig, tokenizer: Tokenizer
+  nodes: Sequence[tuple[str, config.Source]], data: config.DataConfig, tokenizer: Tokenizer,
+  report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, NodeText]:
-  """The text of each (path, source), by path. Raises as `load_node` does."""
-  return {path: load_node(path, source, data, tokenizer) for path, source in nodes}
+  """The text of each (path, source), by path. `report` is told what is being tokenised.
+
+  Raises:
+    ValueError: a text cannot be read, or a split is too short for one window; names the node.
+  """
+  texts = cache.load(nodes, data, tokenizer, report)
+  return {path: _node_text(path, text, data) for path, text in texts.items()}
+
+
+def _node_text(path: str, text: cache.Text, data: config.DataConfig) -> NodeText:
+  for name, split in text.splits.items():
+    if data.packing == "stream":
+      checks.require(split.counts.tokens > data.sequence_length, f"{path}: config.data.sequence_length",
+                     data.sequence_length, f"at most {split.counts.tokens - 1}, because the {name} split has "
+                     f"{split.counts.tokens} tokens and one window takes {data.sequence_length + 1}",
+                     "set a shorter config.data.sequence_length, or use more text"
+                     + (" (config.data.max_train_bytes)" if name == "train" and data.max_train_bytes else ""))
+  windows = {
+    name: Windows(split.tokens, data.sequence_length, split.starts if data.packing == "documents" else None)
+    for name, split in text.splits.items()
+  }
+  return NodeText(path, **windows, text=text)

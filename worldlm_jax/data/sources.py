@@ -1,97 +1,108 @@
-"""Reads a source of the config into documents: text files, or families of the standard library.
+"""Opens the sources of the config, and says which documents of an opened source are whose.
 
-Text files are UTF-8 with any kind of line end; documents are separated by blank lines.
+A *base* is a source that documents are read from. `Tagged`, `Share` and `Swapped` are *views*: they choose
+among the documents of bases, one document at a time, so that each base is read once for all nodes that
+have a share in it. What a view chooses depends on the document and the view alone, not on other nodes.
 """
 
-import hashlib
-import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from worldlm_jax import checks, config
-from worldlm_jax.data import stdlib
-from worldlm_jax.data.documents import SPLITS, Documents
+import numpy as np
 
-_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+from worldlm_jax import checks, config, rngs
+from worldlm_jax.data import documents, files, hugging_face, stdlib, synthetic, tfds
+
+Base = config.Files | config.StandardLibrary | config.Tfds | config.HuggingFace | config.Synthetic
+
+_OPENERS: dict[type, Callable[[Any, str], documents.Corpus]] = {
+  config.Files: files.open_files,
+  config.StandardLibrary: stdlib.open_family,
+  config.Tfds: tfds.open_tfds,
+  config.HuggingFace: hugging_face.open_hugging_face,
+  config.Synthetic: synthetic.open_language,
+}
 
 
-def read(source: config.Source) -> Documents:
-  """The documents of `source`. Raises `ValueError` where text is missing or unreadable."""
-  readers: dict[type, Callable[[Any], Documents]] = {
-    config.Files: lambda source: read_text(source.path),
-    config.StandardLibrary: lambda source: stdlib.read(source.family),
-  }
-  checks.require(type(source) in readers, "data", source, " or ".join(kind.__name__ for kind in readers))
-  return readers[type(source)](source)
+def open_base(source: Base, invalid_utf8: str) -> documents.Corpus:
+  """Opens a source that is no view. Raises `InputError` where it is missing or unreadable."""
+  checks.require(type(source) in _OPENERS, "data", source, " or ".join(kind.__name__ for kind in _OPENERS))
+  return _OPENERS[type(source)](source, invalid_utf8)
 
 
-def read_text(path: str) -> Documents:
-  """The documents of a folder (or of one .txt file) at `path`.
+class Choice(NamedTuple):
+  """Some of the documents of a base."""
 
-  A folder with train.txt, valid.txt and test.txt is taken as it is split; its other files are ignored.
-  The documents of any other folder's *.txt, sub-folders left out, are split 90/5/5 by `split`.
+  base: Base
+  accepts: Callable[[documents.Document], bool]
 
-  Raises:
-    ValueError: nothing to read at `path`, one of the three files is missing, a file cannot be read or
-      is not UTF-8, a split has no document, or fewer than 3 distinct documents are there to be split.
+
+def choices(source: config.Source) -> list[Choice]:
+  """Which documents of which bases make up a source, in the order in which they are taken."""
+  if isinstance(source, config.Tagged):
+    return [Choice(source.source, lambda document: document.tag == source.tag)]
+  if isinstance(source, config.Share):
+    return [
+      Choice(c.base, _both(c.accepts, functools.partial(_falls_to, source, label)))
+      for label, inner in source.sources.items() for c in choices(inner)
+    ]
+  if isinstance(source, config.Swapped):
+    swapped = functools.partial(_is_swapped, source.share, source.seed)
+    kept = [Choice(c.base, _both(c.accepts, lambda document: not swapped(document))) for c in choices(source.own)]
+    return kept + [Choice(c.base, _both(c.accepts, swapped)) for c in choices(source.other)]
+  return [Choice(source, lambda document: True)]
+
+
+def name(base: Base) -> str:
+  """Tells bases apart: the same for equal ones."""
+  return json.dumps(config.to_dict(base), sort_keys=True)
+
+
+def identity(source: Any, fingerprints: Mapping[str, str]) -> Any:
+  """What a source gives, in plain JSON values: the same exactly where the same documents come out.
+
+  `fingerprints` has those of the opened bases, by `name`.
   """
-  folder = Path(path).expanduser()
-  remedy = "correct the path; a relative one starts from the current directory"
-  checks.require(bool(path) and folder.exists(), "Files.path", path, "an existing folder or .txt file", remedy)
-  if folder.is_dir():
-    fixed = {name: folder / f"{name}.txt" for name in SPLITS}
-    missing = [file.name for file in fixed.values() if not file.is_file()]
-    if len(missing) < len(SPLITS):
-      checks.require(not missing, "Files.path", path, f"all of train.txt, valid.txt and test.txt, but it lacks "
-                     f"{', '.join(missing)}", "add it, or rename the others to have all .txt files split 90/5/5")
-      return _read_splits(fixed)
-    files = sorted(file for file in folder.glob("*.txt") if file.is_file())
-  else:
-    files = [folder] if folder.suffix == ".txt" else []
-  checks.require(bool(files), "Files.path", path, "a .txt file or a folder that holds .txt files",
-                 "put train.txt, valid.txt and test.txt there, or any .txt files to be split 90/5/5")
-  return split([document for file in files for document in _read_file(file)], path)
+  if isinstance(source, config.Tagged | config.Share | config.Swapped):
+    fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    return {"view": type(source).__name__} | {key: identity(value, fingerprints) for key, value in fields.items()}
+  if isinstance(source, dict):
+    return {label: identity(inner, fingerprints) for label, inner in source.items()}
+  return fingerprints[name(source)] if isinstance(source, config.Source) else source
 
 
-def split(documents: list[str], path: str) -> Documents:
-  """Splits the distinct documents 90/5/5, at least one to each split, in the order of their SHA-256.
+def _both(first: Callable[[Any], bool], second: Callable[[Any], bool]) -> Callable[[Any], bool]:
+  return lambda document: first(document) and second(document)
 
-  The split depends on the set of documents alone, not on their order, and exact duplicates stay together.
-  `path` names the source in errors and origins.
+
+def _falls_to(share: config.Share, label: str, document: documents.Document) -> bool:
+  """Whether a document goes down the tree to the share's leaf: at each node to the child that its hash points to.
+
+  The proportions of a label among a node's children are those of `Partition`; the hash decides within them,
+  so that the deal needs no count of the documents and does not depend on their order.
   """
-  groups: dict[str, list[str]] = {}
-  for document in documents:
-    groups.setdefault(hashlib.sha256(document.encode()).hexdigest(), []).append(document)
-  count = len(groups)
-  checks.require(count >= 3, "Files.path", path, f"at least 3 distinct documents to split, but it has {count}",
-                 "separate documents by blank lines, or split them yourself into train.txt, valid.txt and test.txt")
-  end_of_train = min(count * 90 // 100, count - 2)
-  end_of_valid = max(end_of_train + 1, min(count * 95 // 100, count - 1))
-  ordered = [groups[digest] for digest in sorted(groups)]
-  parts = ordered[:end_of_train], ordered[end_of_train:end_of_valid], ordered[end_of_valid:]
-  train, valid, test = (tuple(document for group in part for document in group) for part in parts)
-  return Documents(train, valid, test, {name: f"{path} ({name} part of its documents)" for name in SPLITS})
+  for depth, child in enumerate(share.leaf):
+    ends = _proportion_ends(share.seed, share.leaf[:depth], label, share.branching[depth], share.alphas[depth])
+    where = _uniform(document.text, share.seed, "share", *share.leaf[:depth])
+    if np.searchsorted(ends, where, side="right") != child:
+      return False
+  return True
 
 
-def _read_splits(files: dict[str, Path]) -> Documents:
-  """The documents of the three files, each of which must hold some."""
-  parts = {name: tuple(_read_file(file)) for name, file in files.items()}
-  for name, part in parts.items():
-    checks.require(bool(part), f"{name} file", str(files[name]), "at least one document, but it is blank",
-                   "put text into it, or remove the three files to have other .txt files split 90/5/5")
-  return Documents(**parts, origins={name: str(file) for name, file in files.items()})
+@functools.cache
+def _proportion_ends(seed: int, place: tuple[int, ...], label: str, children: int, alpha: float) -> np.ndarray:
+  """Where each child's part of [0, 1) ends, but for the last, which takes the rest: float `[children - 1]`."""
+  generator = np.random.default_rng(rngs.stable_int(seed, "proportions", *place, label))
+  return np.cumsum(generator.dirichlet(np.full(children, alpha)))[:-1]
 
 
-def _read_file(file: Path) -> list[str]:
-  """The documents of one file that are not empty, without the line ends around them."""
-  try:
-    text = file.read_bytes().decode().removeprefix("\ufeff")
-  except OSError as error:
-    checks.fail("text file", str(file), f"a readable file ({error.strerror or error})", "check its permissions")
-  except UnicodeDecodeError as error:
-    checks.fail("text file", str(file), f"UTF-8, but byte {error.start} is not", "convert it, for example with iconv")
-  text = text.replace("\r\n", "\n").replace("\r", "\n")
-  # The outer line ends let a blank first or last line, even one of spaces, be found as such.
-  documents = _BLANK_LINES.split(f"\n{text}\n")
-  return [document.strip("\n") for document in documents if document.strip()]
+def _is_swapped(share: float, seed: int, document: documents.Document) -> bool:
+  return _uniform(document.text, seed, "swap") < share
+
+
+def _uniform(text: str, *purpose: str | int) -> float:
+  """A number in [0, 1) that depends on the text and the purpose alone."""
+  return rngs.stable_int(*purpose, text) / 2**31

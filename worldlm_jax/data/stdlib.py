@@ -11,10 +11,11 @@ import inspect
 import re
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
-from worldlm_jax import checks
-from worldlm_jax.data.documents import SPLITS, Documents, num_bytes
+from worldlm_jax import checks, config
+from worldlm_jax.data.documents import SPLITS, Corpus, Document
 
 FAMILIES = {
   "prose/reference": "the language reference, as in help('topics')",
@@ -51,24 +52,28 @@ _MIN_CHARS = 200  # shorter texts are stubs, often the same in several packages
 _MIN_BYTES = 100_000  # every complete build has twice that
 
 
-def read(family: str, stdlib: Path | None = None) -> Documents:
-  """The documents of `family`: one per source file, or per topic of the reference.
+def open_family(source: config.StandardLibrary, invalid_utf8: str = "error", stdlib: Path | None = None) -> Corpus:
+  """The documents of a family: one per source file, or per topic of the reference.
 
   Args:
-    family: one of `FAMILIES`.
+    source: names one of `FAMILIES`.
+    invalid_utf8: of no use, since sources that are not UTF-8 are left out.
     stdlib: the folder of a standard library; the running Python's own by default.
 
   Raises:
     ValueError: the family is unknown, or the installation lacks its source files.
   """
+  family = source.family
   checks.one_of("StandardLibrary.family", family, FAMILIES)
   stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
   texts = files(family, stdlib)
-  size = num_bytes(list(texts.values()))
+  size = _num_bytes(texts.values())
   checks.require(size >= _MIN_BYTES, "StandardLibrary.family", family,
                  f"at least {_MIN_BYTES} bytes of its source files in {stdlib}, but found {size}",
-                 "use a Python installed with the sources of its standard library, or a Files")
-  return _split(texts, f"stdlib {family}")
+                 "use a Python installed with the sources of its standard library, or Files")
+  found = _split(texts)
+  fingerprint = hashlib.sha256(repr(found).encode()).hexdigest()
+  return Corpus(f"stdlib {family}", fingerprint, lambda: iter(found))
 
 
 def files(family: str, stdlib: Path) -> dict[str, str]:
@@ -129,16 +134,19 @@ def _topics(stdlib: Path) -> dict[str, str]:
   return texts
 
 
-def _split(texts: dict[str, str], origin: str) -> Documents:
+def _split(texts: dict[str, str]) -> list[Document]:
   """Fills test, then valid, each to 5 % of all bytes, with files in the order of their names' SHA-256.
 
   Only files up to half that size are taken, so that neither split is a single long file.
   """
-  goal = num_bytes(list(texts.values())) / 20
+  goal = _num_bytes(texts.values()) / 20
   parts: dict[str, list[str]] = {name: [] for name in SPLITS}
   for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
-    fits = num_bytes([texts[name]]) <= goal / 2
-    chosen = next((part for part in ("test", "valid") if fits and num_bytes(parts[part]) < goal), "train")
+    fits = _num_bytes([texts[name]]) <= goal / 2
+    chosen = next((part for part in ("test", "valid") if fits and _num_bytes(parts[part]) < goal), "train")
     parts[chosen].append(texts[name])
-  train, valid, test = (tuple(parts[name]) for name in SPLITS)
-  return Documents(train, valid, test, {name: f"{origin} {name}" for name in SPLITS})
+  return [Document(text, split) for split in SPLITS for text in parts[split]]
+
+
+def _num_bytes(texts: Iterable[str]) -> int:
+  return sum(len(text.encode()) for text in texts)

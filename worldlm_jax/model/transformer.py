@@ -39,14 +39,15 @@ class Architecture:
   tied_head: bool
   compute_dtype: str
   remat: bool
+  document_separator: int | None  # attention does not reach back beyond this token; None: it reaches everything
 
 
-def architecture(config: ModelConfig, vocab_size: int) -> Architecture:
+def architecture(config: ModelConfig, vocab_size: int, document_separator: int | None = None) -> Architecture:
   """Freezes a model config; `vocab_size` is the tokenizer's, used where the config says 0."""
   fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
   del fields["key_layer_share"]
   fields["vocab_size"] = config.vocab_size or vocab_size
-  return Architecture(num_key_layers=num_key_layers(config), **fields)
+  return Architecture(num_key_layers=num_key_layers(config), document_separator=document_separator, **fields)
 
 
 def init(arch: Architecture, key: jax.Array) -> Params:
@@ -75,13 +76,21 @@ def abstract_params(arch: Architecture) -> Params:
 
 
 def apply(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> jax.Array:
-  """Logits of each next token: int tokens `[B, T]` -> `[B, T, V]` in the compute dtype."""
+  """Logits of each next token: int tokens `[B, T]` -> `[B, T, V]` in the compute dtype.
+
+  With `arch.document_separator`, a position sees those before it in its own document alone, from its
+  separator on.
+  """
   dtype = jnp.dtype(arch.compute_dtype)
   backbone = params["backbone"]
+  mask_Bx1xTxT = None
+  if arch.document_separator is not None:
+    document_BxT = jnp.cumsum(tokens_BxT == arch.document_separator, axis=1)
+    mask_Bx1xTxT = (document_BxT[:, :, None] == document_BxT[:, None, :])[:, None]
   x_BxTxD = backbone["embedding"].astype(dtype)[tokens_BxT]
-  x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD)
+  x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD, mask_Bx1xTxT)
   if arch.num_key_layers:
-    x_BxTxD = _apply_blocks(arch, params["key_layers"], x_BxTxD)
+    x_BxTxD = _apply_blocks(arch, params["key_layers"], x_BxTxD, mask_Bx1xTxT)
   x_BxTxD = _rms_norm(x_BxTxD, backbone["final_norm"], arch.norm_epsilon)
   head_DxV = backbone["embedding"].T if arch.tied_head else backbone["head"]
   return x_BxTxD @ head_DxV.astype(dtype)
@@ -93,14 +102,21 @@ def loss_sum(arch: Architecture, params: Params, windows_BxW: jax.Array, rows_B:
   Args:
     arch: the architecture.
     params: `{"backbone", "key_layers"}`.
-    windows_BxW: int windows of W = T + 1 tokens; the first T are the input, the last T the targets.
+    windows_BxW: int windows of W = T + 1 tokens; the first T are the input, the last T the targets. A window
+      may end in negative tokens, which are padding: they are not predicted.
     rows_B: bool, which windows count; the others add nothing to the loss or its gradient.
   """
-  logits_BxTxV = apply(arch, params, windows_BxW[:, :-1]).astype(jnp.float32)
-  targets_BxT = windows_BxW[:, 1:]
+  tokens_BxW = jnp.maximum(windows_BxW, 0)
+  logits_BxTxV = apply(arch, params, tokens_BxW[:, :-1]).astype(jnp.float32)
+  targets_BxT = tokens_BxW[:, 1:]
   picked_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
   losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - picked_BxT
-  return jnp.sum(losses_BxT, where=rows_B[:, None])
+  return jnp.sum(losses_BxT, where=rows_B[:, None] & (windows_BxW[:, 1:] >= 0))
+
+
+def num_targets(windows_BxW: jax.Array, rows_B: jax.Array) -> jax.Array:
+  """How many tokens `loss_sum` sums over: int32 scalar."""
+  return jnp.sum(windows_BxW[:, 1:] >= 0, where=rows_B[:, None])
 
 
 class _Block(nnx.Module):
@@ -125,13 +141,15 @@ class _Block(nnx.Module):
     self.up = linear(arch.d_model, arch.d_ff)
     self.down = linear(arch.d_ff, arch.d_model, residual_scale)
 
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+  def __call__(self, x_BxTxD: jax.Array, mask_Bx1xTxT: jax.Array | None) -> jax.Array:
     arch = self.arch
     h_BxTxD = _rms_norm(x_BxTxD, self.attention_norm[...], arch.norm_epsilon)
     q_BxTxHxC = _rotate(_heads(self.query(h_BxTxD), arch.num_heads), arch.rope_base)
     k_BxTxKxC = _rotate(_heads(self.key(h_BxTxD), arch.num_kv_heads), arch.rope_base)
     v_BxTxKxC = _heads(self.value(h_BxTxD), arch.num_kv_heads)
-    mixed_BxTxHxC = jax.nn.dot_product_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, is_causal=True)
+    mixed_BxTxHxC = jax.nn.dot_product_attention(
+      q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, mask=mask_Bx1xTxT, is_causal=True
+    )
     x_BxTxD = x_BxTxD + self.attention_out(mixed_BxTxHxC.reshape(x_BxTxD.shape))
     h_BxTxD = _rms_norm(x_BxTxD, self.mlp_norm[...], arch.norm_epsilon)
     return x_BxTxD + self.down(jax.nn.silu(self.gate(h_BxTxD)) * self.up(h_BxTxD))
@@ -143,14 +161,16 @@ def _block_graph(arch: Architecture) -> Any:
   return nnx.split(nnx.eval_shape(lambda: _Block(arch, rngs=nnx.Rngs(0))), nnx.Param, ...)
 
 
-def _apply_blocks(arch: Architecture, blocks: Any, x_BxTxD: jax.Array) -> jax.Array:
+def _apply_blocks(
+  arch: Architecture, blocks: Any, x_BxTxD: jax.Array, mask_Bx1xTxT: jax.Array | None
+) -> jax.Array:
   """Runs stacked blocks, leaves `[layers, ...]`, one after the other."""
   graph, abstract_state, rest = _block_graph(arch)
 
   def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
     state = jax.tree.map(lambda leaf: leaf, abstract_state)
     nnx.replace_by_pure_dict(state, layer)
-    return nnx.merge(graph, state, rest)(x), None
+    return nnx.merge(graph, state, rest)(x, mask_Bx1xTxT), None
 
   return jax.lax.scan(jax.checkpoint(body) if arch.remat else body, x_BxTxD, blocks)[0]
 

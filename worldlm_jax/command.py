@@ -1,0 +1,35 @@
+"""What the commands share: the flags that name an experiment, how mistakes in them end, and the exit codes."""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from worldlm_jax import checks, config as config_lib, federation, validation
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File whose get_config() returns a worldlm_jax Config.")
+NODE = flags.DEFINE_multi_string("node", [], "PATH.FIELD=VALUE: a node's own setting, inherited by all below it.")
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags; a mistake in them is bad input like any other."""
+  try:
+    validation.check_flags(argv)
+    rest = flags.FLAGS(argv)
+    checks.require(not rest[1:], "arguments", rest[1:], "only flags", "see --help")
+    _ = CONFIG.value.seed  # only now is a missing config file noticed
+    return rest
+  except (flags.Error, ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def configured() -> config_lib.Config:
+  """The config of the flags, with the settings of single nodes put in."""
+  config = CONFIG.value
+  for text in NODE.value:
+    path, field, value = federation.parse_override(text)
+    config.federation.overrides.setdefault(path, {})[field] = value
+  return config

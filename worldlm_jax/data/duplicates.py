@@ -1,0 +1,48 @@
+"""Documents that nodes are scored on and that lie elsewhere too, found by their digests."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from worldlm_jax.data import cache
+
+
+class Duplicates(NamedTuple):
+  """So many documents of one split are also in another, of the same node or of a different one."""
+
+  node: str
+  split: str  # valid or test
+  also_in_node: str
+  also_in_split: str
+  documents: int
+
+
+def find(texts: Mapping[str, cache.Text]) -> list[Duplicates]:
+  """All exact duplicates of valid and test documents, by the nodes' paths; each pair of splits once."""
+  scored = [(path, split) for path in texts for split in ("valid", "test")]
+  hashes = [texts[path].splits[split].hashes for path, split in scored]
+  if not hashes:
+    return []
+  every = np.concatenate(hashes)
+  owner = np.repeat(np.arange(len(hashes)), [len(part) for part in hashes])
+  found = []
+  for path, text in texts.items():
+    for name, split in text.splits.items():
+      place = np.minimum(np.searchsorted(split.hashes, every), len(split.hashes) - 1)
+      counts = np.bincount(owner[split.hashes[place] == every], minlength=len(scored))
+      # Two scored splits find each other; the first of them reports it, and none finds itself.
+      last = scored.index((path, name)) if name != "train" else len(scored)
+      found += [Duplicates(*scored[i], path, name, int(counts[i])) for i in np.flatnonzero(counts[:last])]
+  return found
+
+
+def warnings(found: list[Duplicates], most: int = 3) -> list[str]:
+  """In words, what was trained on and is tested on as well: the worst `most`, and how many more there are."""
+  leaks = sorted((d for d in found if d.also_in_split == "train"), key=lambda d: -d.documents)
+  lines = [
+    f"warning: {d.documents} {d.split} document(s) of {d.node} are also in the training text of "
+    f"{'the same node' if d.node == d.also_in_node else d.also_in_node}" for d in leaks[:most]
+  ]
+  more = [f"warning: {len(leaks) - most} more such pairs; see duplicates in summary.json"] if len(leaks) > most else []
+  return lines + more

@@ -1,0 +1,116 @@
+"""Trains a byte-level BPE tokenizer on the training text of a federation, or of a part of it.
+
+  python -m worldlm_jax.tokenizer --config=configs/quickstart.py --vocab_size=2048 --out=runs/bpe.json
+  python -m worldlm_jax.tokenizer --config=configs/folder.py --config.federation.folder=PATH --federation=law \\
+      --max_bytes_per_node=10000000 --out=law.json
+
+A run then takes it with --config.data.tokenizer=FILE. All nodes of a run share one tokenizer, since they
+share the embedding; bits per byte compare across tokenizers. Exit codes: 0 done, 1 not written, 2 bad input.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from absl import app, flags
+
+from worldlm_jax import checks, command, config as config_lib, federation as federation_lib
+from worldlm_jax.data import cache, tokenizer as tokenizer_lib
+
+SEPARATOR = tokenizer_lib.SEPARATORS[0]
+SMALLEST = 257  # every byte, and the separator
+TABLE_BYTES = 1_000_000  # of valid text per node that the table is made from
+
+_OUT = flags.DEFINE_string("out", None, "The JSON file to write.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Size of the vocabulary, the separator included.")
+_FEDERATION = flags.DEFINE_string("federation", federation_lib.ROOT, "Only this node and what is below it.")
+_MAX_BYTES = flags.DEFINE_integer(
+  "max_bytes_per_node", 0, "Use at most this much of each node's text, so that no node outweighs the others; 0: all."
+)
+
+
+def train(
+  config: config_lib.Config, out: Path, vocab_size: int, path: str = federation_lib.ROOT, max_bytes_per_node: int = 0
+) -> dict[str, float]:
+  """Trains a tokenizer on the training documents of the subtree at `path` and writes it to `out`.
+
+  Returns:
+    Bytes per token of each node of the whole tree that has text, on its valid split.
+
+  Raises:
+    ValueError: bad input; nothing has been written.
+  """
+  checks.require(vocab_size >= SMALLEST, "--vocab_size", vocab_size, f"at least {SMALLEST}: every byte and a separator")
+  checks.require(max_bytes_per_node >= 0, "--max_bytes_per_node", max_bytes_per_node, "at least 0")
+  checks.require(not out.is_dir(), "--out", str(out), "a file, but it is a folder")
+  federation = federation_lib.resolve(config)
+  checks.one_of("--federation", path, [member.path for member in federation.members])
+  members = [member for member in federation.members if member.data is not None]
+  sources = [(member.path, member.data) for member in members if member.data is not None]
+  # The cache gives every node exactly the documents that it will train on, as bytes.
+  data = config_lib.DataConfig(
+    max_train_bytes=config.data.max_train_bytes, invalid_utf8=config.data.invalid_utf8, cache=config.data.cache
+  )
+  texts = cache.load(sources, data, tokenizer_lib.ByteTokenizer(), print)
+  used = [texts[member.path] for member in federation.subtree(path) if member.path in texts]
+  trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+  trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  trained.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size, special_tokens=[SEPARATOR], show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+  )
+  trained.train_from_iterator(
+    (document for text in used for document in _documents(text.splits["train"], max_bytes_per_node)), trainer
+  )
+  out.parent.mkdir(parents=True, exist_ok=True)
+  partial = out.with_name(out.name + ".new")
+  trained.save(str(partial))
+  os.replace(partial, out)
+  return bytes_per_token(tokenizer_lib.load(str(out)), texts)
+
+
+def bytes_per_token(tokenizer: tokenizer_lib.Tokenizer, texts: Mapping[str, cache.Text]) -> dict[str, float]:
+  """By node: bytes of valid text per token, separators not counted on either side."""
+  found = {}
+  for path, text in texts.items():
+    documents = list(_documents(text.splits["valid"], TABLE_BYTES))
+    tokens, _ = tokenizer.pack(documents)
+    found[path] = sum(len(document.encode()) for document in documents) / (len(tokens) - len(documents))
+  return found
+
+
+def main(_: list[str]) -> int:
+  """Trains the tokenizer of the flags and returns the exit code."""
+  try:
+    out = Path(_OUT.value).expanduser()
+    table = train(command.configured(), out, _VOCAB_SIZE.value, _FEDERATION.value, _MAX_BYTES.value)
+  except (checks.InputError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return command.BAD_INPUT if isinstance(error, checks.InputError) else command.FAILED
+  size = tokenizer_lib.load(str(out)).vocab_size
+  print(f"{out}: {size} tokens" + ("; the text has no more than that to merge" if size < _VOCAB_SIZE.value else ""))
+  print(f"{'node':<32} bytes per token")
+  for path, value in table.items():
+    print(f"{path:<32} {value:15.3f}")
+  return command.OK
+
+
+def _documents(split: cache.Split, max_bytes: int) -> Iterator[str]:
+  """The documents of a split of bytes, whole ones, until `max_bytes` are reached; 0 means all."""
+  taken = 0
+  for i, start in enumerate(split.starts):
+    end = split.starts[i + 1] if i + 1 < len(split.starts) else len(split.tokens)
+    content = split.tokens[int(start) + 1 : int(end)].astype(np.uint8).tobytes()
+    yield content.decode()
+    taken += len(content)
+    if max_bytes and taken >= max_bytes:
+      return
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "out"])
+  app.run(main, flags_parser=command.parse_flags)
