@@ -204,8 +204,9 @@ def test_flags_that_lead_to_no_field_are_refused(flag: str, message: str) -> Non
 def test_other_flags_are_let_through() -> None:
   validation.check_flags(["main", "--config.federation.documents.path=x", "--config.federation.documents.subset=fr",
                           "--config.federation.partition.alphas=(1.0,)"])
-  validation.check_flags(["main", "--config=configs/x.py", "--config.rounds=3", "--config.model.remat", "--noconfig.model.remat",
-                 "--config.node.clip_norm", "inf", "--node=a.rouns=3", "--configs.a=1"])
+  validation.check_flags(["main", "--config=configs/x.py", "--config.rounds=3", "--config.model.remat",
+                          "--noconfig.model.remat", "--config.node.clip_norm", "inf", "--node=a.rouns=3",
+                          "--configs.a=1"])
 
 
 def _load(path: Path) -> ModuleType:

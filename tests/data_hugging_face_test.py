@@ -55,6 +55,14 @@ def test_three_splits_and_tags(folder):
   assert [document.tag for document in opened(folder, node_field="n")[1]] == list("01234")
 
 
+def test_no_more_than_so_many_documents_are_read(folder):
+  fingerprint, documents = opened(folder, valid="validation", test="test", max_documents=3)
+  assert [document.split for document in documents] == ["train"] * 3 + ["valid"] * 3 + ["test"] * 2
+  assert fingerprint != opened(folder, valid="validation", test="test")[0]
+  with pytest.raises(ValueError, match=r"HuggingFace.max_documents=-1: expected at least 0"):
+    opened(folder, max_documents=-1)
+
+
 def test_packed_lines_and_subsets(tmp_path):
   for subset in ("fr", "sw"):
     (tmp_path / subset).mkdir()
@@ -88,13 +96,11 @@ def test_fingerprint_of_a_folder_is_of_contents_names_and_settings(folder, tmp_p
 
   fingerprint = opened(folder)[0]
   assert changed("moved") == changed("hidden", **{".cache": "x"}) == fingerprint
-  exchanged = tmp_path / "exchanged"
-  shutil.copytree(folder, exchanged)
-  (exchanged / "train.jsonl").rename(exchanged / "x.jsonl")
-  (exchanged / "test.jsonl").rename(exchanged / "train.jsonl")
-  (exchanged / "x.jsonl").rename(exchanged / "test.jsonl")
+  renamed = tmp_path / "renamed"
+  shutil.copytree(folder, renamed)
+  (renamed / "test.jsonl").rename(renamed / "dev.jsonl")  # of validation now, but still the first of the names
   different = [
-    changed("content", **{"test.jsonl": '{"text": "a", "n": 1, "x": 2.5, "meta": {"who": "b"}}'}), opened(exchanged)[0],
+    changed("content", **{"test.jsonl": '{"text": "a", "n": 1, "x": 2.5, "meta": {"who": "b"}}'}), opened(renamed)[0],
     opened(folder, train="test")[0], opened(folder, node_field="n")[0], opened(folder, text_field="meta.who")[0],
     opened(folder, valid="validation", test="test")[0], opened(folder, subset="default")[0]]
   assert len({fingerprint, *different}) == 1 + len(different)

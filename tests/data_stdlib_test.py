@@ -85,5 +85,6 @@ def test_unknown_family():
 
 
 def test_the_fingerprint_tells_families_apart_and_stays():
-  first, again, other = (stdlib.open_family(config.StandardLibrary(f)).fingerprint for f in ("code", "code", "code/data"))
+  names = ("code", "code", "code/data")
+  first, again, other = (stdlib.open_family(config.StandardLibrary(name)).fingerprint for name in names)
   assert first == again != other

@@ -1,9 +1,7 @@
 """Resolved trees: levels, groups, what is inherited, and what is refused."""
 
 import math
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -99,7 +99,9 @@ def test_put_spreads_the_rows_over_the_devices():
   assert [shard.data.shape for shard in placed["a"].addressable_shards] == [(2, 3)] * 4
 
 
-@pytest.mark.parametrize(("num_nodes", "own"), [(7, [1, 1, 1, 1, 0, 0, 0]), (3, [1, 1, 0]), (1, [1]), (8, [1] * 4 + [0] * 4)])
+@pytest.mark.parametrize(("num_nodes", "own"), [
+  (7, [1, 1, 1, 1, 0, 0, 0]), (3, [1, 1, 0]), (1, [1]), (8, [1] * 4 + [0] * 4),
+])
 def test_a_process_has_the_nodes_on_its_own_devices(num_nodes, own):
   devices = [types.SimpleNamespace(process_index=process) for process in (0, 0, 1, 1)]
   mesh = types.SimpleNamespace(shape={"node": 4}, devices=np.array(devices, object))

@@ -384,14 +384,6 @@ def test_the_summary_says_what_the_texts_hold(texts, finished):
   assert json.loads((finished / "summary.json").read_text())["duplicates"] == []
 
 
-class Listener(progress.Silent):
-  def __init__(self):
-    self.lines = []
-
-  def message(self, text):
-    self.lines.append(text)
-
-
 def test_what_is_trained_and_tested_on_is_reported(texts, tmp_path):
   shutil.copytree(texts, tmp_path / "texts")
   leaked = (tmp_path / "texts" / "b" / "s" / "test.txt").read_text()
@@ -400,7 +392,7 @@ def test_what_is_trained_and_tested_on_is_reported(texts, tmp_path):
   config, listener = tiny_run(str(tmp_path / "texts")), Listener()
   config.rounds = 1
   summary = train.run(config, tmp_path / "run", reporter=listener)
-  assert "warning: 1 test document(s) of b/s are also in the training text of a" in listener.lines
+  assert "warning: 1 test document(s) of b/s are also in the training text of a" in listener.messages
   assert summary["duplicates"] == [
     {"node": "b/s", "split": "test", "also_in_node": "a", "also_in_split": "train", "documents": 1}
   ]

@@ -68,6 +68,7 @@ class HuggingFace:
   train: str = "train"
   valid: str = ""  # "" for both: the documents of `train` are split by their hash
   test: str = ""
+  max_documents: int = 0  # read at most so many of each split; 0: all
 
 
 @dataclasses.dataclass(slots=True)

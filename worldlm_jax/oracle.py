@@ -150,7 +150,7 @@ class Oracle:
       rates = self.learning_rate(q.path, node.step), settings.clip_norm, settings.weight_decay
       params, node.opt_state = self._step(params, node.opt_state, windows, *rates)
       node.step += 1
-      node.own_tokens += np.count_nonzero(windows[:, 1:] >= 0)
+      node.own_tokens += int(np.count_nonzero(windows[:, 1:] >= 0))
     node.backbone, node.key_layers = params["backbone"], self._to_lists(params["key_layers"])
     node.update = _sum([node.key_layers, before], [1.0, -1.0])
     node.tokens += node.own_tokens

@@ -86,7 +86,7 @@ def bytes_per_token(tokenizer: tokenizer_lib.Tokenizer, texts: Mapping[str, cach
 def main(_: list[str]) -> int:
   """Trains the tokenizer of the flags and returns the exit code."""
   try:
-    out = Path(_OUT.value).expanduser()
+    out = Path(str(_OUT.value)).expanduser()
     table = train(command.configured(), out, _VOCAB_SIZE.value, _FEDERATION.value, _MAX_BYTES.value)
   except (checks.InputError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)

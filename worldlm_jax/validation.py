@@ -80,7 +80,7 @@ def validate_types(value: Any, name: str) -> None:
       checks.require(isinstance(inner, field.type), where, inner, f"a {field.type.__name__}")
       validate_types(inner, where)
     elif field.type in _WORDS:
-      accepted = (int, float) if field.type is float else field.type
+      accepted: Any = (int, float) if field.type is float else field.type
       ok = isinstance(inner, accepted) and (field.type is bool or not isinstance(inner, bool))
       checks.require(ok, where, inner, _WORDS[field.type])
     elif (element := _element(field.type)) is not None:

@@ -31,7 +31,7 @@ from worldlm_jax.data.tokenizer import Tokenizer, token_dtype
 
 VERSION = 1  # of the files' layout, and of how documents are split and tokenised
 BUFFER_CHARS = 1 << 20
-_KINDS = {"tokens": None, "documents": np.uint64, "hashes": np.uint64}
+_KINDS = ("tokens", "documents", "hashes")
 
 
 class Counts(NamedTuple):
@@ -316,7 +316,7 @@ def _read(place: Path, tokenizer: Tokenizer) -> Text | None:
     splits = {}
     for name in documents.SPLITS:
       counts = Counts(**meta["splits"][name])
-      types = _KINDS | {"tokens": token_dtype(tokenizer)}
+      types = {kind: token_dtype(tokenizer) if kind == "tokens" else np.dtype(np.uint64) for kind in _KINDS}
       arrays = {kind: np.memmap(place / f"{name}.{kind}", dtype, "r") for kind, dtype in types.items()}
       lengths = {"tokens": counts.tokens, "documents": counts.documents, "hashes": counts.documents}
       if any(len(array) != lengths[kind] for kind, array in arrays.items()):

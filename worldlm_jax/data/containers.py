@@ -64,8 +64,6 @@ def _values(batch: pa.RecordBatch, field: str) -> list[Any]:
   column = batch.column(first)
   for name in others:
     column = pc.struct_field(column, name)
-  if pa.types.is_dictionary(column.type):
-    column = column.dictionary_decode()
   return (column.cast(pa.large_binary()) if _is_text(column.type) else column).to_pylist()
 
 

@@ -171,7 +171,7 @@ def read_jsonl(
 def split_text(texts: Iterable[str]) -> Iterator[str]:
   """The documents, between blank lines, of a text with \\n line ends that comes in parts cut anywhere.
 
-  They come without the line ends around them, and those that are only white space not at all.
+  They come without the line ends around them. None is only white space.
   """
   begun: list[str] = []  # parts of the document that is not yet at its end
   tail = "\n"  # white space that may grow into a separator; as if a line ended before the text
@@ -183,13 +183,13 @@ def split_text(texts: Iterable[str]) -> Iterator[str]:
     begun.append(first)
     if others:
       *whole, last = others
-      yield from _not_blank(["".join(begun), *whole])
+      yield from _not_empty(["".join(begun), *whole])
       begun = [last]
-  yield from _not_blank(["".join(begun) + _BLANK_LINES.split(tail + "\n")[0]])
+  yield from _not_empty(["".join(begun) + _BLANK_LINES.split(tail + "\n")[0]])
 
 
-def _not_blank(documents: Iterable[str]) -> Iterator[str]:
-  return (document.strip("\n") for document in documents if document and not document.isspace())
+def _not_empty(documents: Iterable[str]) -> Iterator[str]:
+  return (document.strip("\n") for document in documents if document)
 
 
 def _decoded(file: Path, invalid_utf8: str) -> Iterator[str]:

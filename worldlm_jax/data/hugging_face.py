@@ -1,6 +1,7 @@
 """Documents out of a data set that the Hugging Face `datasets` library streams, from the Hub or a local folder."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +28,12 @@ def open_hugging_face(source: config.HuggingFace, invalid_utf8: str) -> Corpus:
       a split or a field, or the first record is at fault; when documents are read where another one is.
   """
   splits = reading.split_names("HuggingFace", source.train, source.valid, source.test)
+  checks.require(source.max_documents >= 0, "HuggingFace.max_documents", source.max_documents, "at least 0", "0: all")
   try:
     import datasets  # takes two seconds
   except ImportError as error:
-    reading.fail_not_installed(error, "HuggingFace.name", source.name, "datasets")
+    reading.fail_from(error, "HuggingFace.name", source.name, "the library datasets to be installed "
+                      f"({reading.reason(error)})", "pip install 'worldlm_jax[data]'")
   folder = Path(os.path.expanduser(source.name))
   local = bool(source.name) and folder.is_dir()
   checks.require(not (local and source.revision), "HuggingFace.revision", source.revision,
@@ -47,11 +50,12 @@ def open_hugging_face(source: config.HuggingFace, invalid_utf8: str) -> Corpus:
   fields = reading.Fields(source.text_field, source.node_field, invalid_utf8)
   where = f"data set {source.name}"
   labels = _labels(data[splits.get("train") or splits[""]], fields, where)
-  parts = (version, source.subset, splits, source.text_field, source.node_field)
+  parts = (version, source.subset, splits, source.text_field, source.node_field, source.max_documents)
 
   def documents() -> Iterator[Document]:
     for ours, theirs in splits.items():
-      records = reading.guarded(iter(data[theirs]), f"{theirs} of {where}", "record")
+      some = itertools.islice(data[theirs], source.max_documents or None)
+      records = reading.guarded(some, f"{theirs} of {where}", "record")
       for number, record in enumerate(records, 1):
         yield fields.document(record, f"record {number} of {theirs} of {where}", labels)._replace(split=ours)
 

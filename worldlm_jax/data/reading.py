@@ -62,12 +62,6 @@ def fail_damaged(error: Exception, origin: str, place: str = "") -> NoReturn:
             "copy or download it again, and check its permissions")
 
 
-def fail_not_installed(error: ImportError, name: str, value: str, library: str) -> NoReturn:
-  """Raises the `InputError` for a library of the extra [data] that is missing."""
-  fail_from(error, name, value, f"the library {library} to be installed ({reason(error)})",
-            "pip install 'worldlm_jax[data]'")
-
-
 def reason(error: Exception) -> str:
   """The kind and the beginning of the message of a library's error, on one line."""
   message = textwrap.shorten(str(getattr(error, "strerror", None) or error), 250, placeholder=" ...").rstrip(".")

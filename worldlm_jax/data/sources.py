@@ -71,7 +71,7 @@ def identity(source: Any, fingerprints: Mapping[str, str]) -> Any:
     return {"view": type(source).__name__} | {key: identity(value, fingerprints) for key, value in fields.items()}
   if isinstance(source, dict):
     return {label: identity(inner, fingerprints) for label, inner in source.items()}
-  return fingerprints[name(source)] if isinstance(source, config.Source) else source
+  return fingerprints[name(source)] if isinstance(source, Base) else source
 
 
 def _both(first: Callable[[Any], bool], second: Callable[[Any], bool]) -> Callable[[Any], bool]:

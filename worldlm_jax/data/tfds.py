@@ -49,12 +49,10 @@ def open_tfds(source: config.Tfds, invalid_utf8: str) -> Corpus:
 
 def _builder(source: config.Tfds) -> Any:
   """What reads the data set: from the folder of that name, or prepared under that name."""
-  try:
-    import tensorflow_datasets as tfds  # takes a second
-    from tensorflow_datasets.core import read_only_builder
-    from tensorflow_datasets.core.utils import file_utils
-  except ImportError as error:
-    reading.fail_not_installed(error, "Tfds.name", source.name, "tensorflow_datasets")
+  import tensorflow_datasets as tfds  # takes a second
+  from tensorflow_datasets.core import read_only_builder
+  from tensorflow_datasets.core.utils import file_utils
+
   data_dir = os.path.expanduser(source.data_dir)
   folder = Path(os.path.expanduser(source.name))
   try:
