@@ -109,7 +109,9 @@ def test_config_json_has_all_that_was_resolved(finished: tuple[list[str], Path, 
     ".": False, "law": True, "medicine": True
   }
   folder = arguments[1].partition("=")[2]
-  assert there["nodes"]["law"]["data"] == {"kind": "Files", "path": f"{folder}/law"}
+  assert there["nodes"]["law"]["data"] == {
+    "kind": "Files", "path": f"{folder}/law", "text_field": "text", "node_field": ""
+  }
   assert there["versions"]["python"] == ".".join(map(str, sys.version_info[:3])) and there["versions"]["jax"]
   if (REPOSITORY / ".git").exists():
     assert len(there["commit"].removesuffix("-dirty")) == 40
@@ -142,11 +144,13 @@ def test_metrics_have_a_row_for_every_round_and_node(finished: tuple[list[str], 
 def test_the_summary_adds_up(finished: tuple[list[str], Path, str]) -> None:
   workdir = finished[1]
   rows, summary = _rows(workdir), json.loads((workdir / "summary.json").read_text(), parse_constant=pytest.fail)
-  assert summary.keys() == {"nodes", "tree", "tokens", "bytes_down", "bytes_up", "seconds"}
+  assert summary.keys() == {
+    "nodes", "tree", "tokens", "bytes_down", "bytes_up", "seconds", "waiting_for_data_share", "duplicates"
+  }
   nodes = summary["nodes"]
   assert list(nodes) == [".", "law", "medicine"]
   assert nodes["."].keys() == {"tokens", "bytes_down", "bytes_up", "subtree"}
-  assert nodes["law"].keys() == nodes["."].keys() | {"received", "personalised"}
+  assert nodes["law"].keys() == nodes["."].keys() | {"received", "personalised", "data"}
   for path, node in nodes.items():
     own = [row for row in rows if row["node"] == path]
     assert node["tokens"] == own[-1]["tokens"]
@@ -222,7 +226,7 @@ def test_text_that_is_too_short_is_named(tmp_path: Path) -> None:
                      f"--workdir={tmp_path / 'run'}", *TINY)
   assert message == (
     "error: medicine/trials: config.data.sequence_length=16: expected at most 9, because "
-    f"{world}/medicine/trials/valid.txt has 10 tokens and one window takes 17; set a shorter "
+    "the valid split has 10 tokens and one window takes 17; set a shorter "
     "config.data.sequence_length, or use more text"
   )
   assert not (tmp_path / "run").exists()

@@ -35,7 +35,7 @@ texts = batches.load([(m.path, m.data) for m, mine in zip(level, own) if mine], 
 streams = {p: batches.NodeBatches(t.train, 3, 0, p) for p, t in texts.items()}
 arch = model.architecture(config.model, 257)
 runner = engine.Engine(config, tree, arch, mesh)
-step = next(s for s in schedule.round_steps(tree) if s.kind == "train" and s.level == 1)
+step = next(s for s in schedule.round_steps(tree, None) if s.kind == "train" and s.level == 1)
 rates = {m.path: np.full(2, 0.01, np.float32) for m in level}
 work = feed.workload(tree, step, streams, rates, {m.path: 0 for m in level}, feed.workload_shape(tree, 0, 13))
 state, _ = runner.train(runner.init(), 1, work)

@@ -38,7 +38,8 @@ def test_a_fresh_folder_is_made_and_recorded(tmp_path: Path) -> None:
   assert there["config"]["rounds"] == 3 and there["config"]["model"]["d_model"] == 96
   assert there["nodes"]["."] | {"settings": {}} == {"settings": {}, "data": None, "digest": None}
   assert there["nodes"]["a"]["settings"]["clip_norm"] == "inf"
-  assert there["nodes"]["a"]["data"] == {"kind": "Files", "path": "texts/a"}
+  files = {"kind": "Files", "path": "texts/a", "text_field": "text", "node_field": ""}
+  assert there["nodes"]["a"]["data"] == files
   assert there["nodes"]["a"]["digest"] == "1234"
   assert {"jax", "flax", "python"} <= there["versions"].keys() and there["devices"]
 

@@ -38,7 +38,6 @@ class Writer:
     self._counts: dict[str, Shard] = {}
 
   def __enter__(self) -> "Writer":
-    shutil.rmtree(self._aside, ignore_errors=True)  # of a process that was killed
     return self
 
   def add(self, node: str, split: str, number: int, encoded: bytes) -> None:
