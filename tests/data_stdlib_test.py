@@ -1,6 +1,7 @@
 """Laws of the standard library's families, on the running Python and on a made-up one."""
 
 import sysconfig
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ def test_docstrings_are_cleaned_and_in_order(tmp_path):
 def test_an_installation_without_sources(tmp_path):
   with pytest.raises(ValueError, match=r"family='code': expected at least .* but found \d+; use a Python installed"):
     stdlib.open_family(config.StandardLibrary("code"), stdlib=_fake_library(tmp_path))
+
+
+def test_families_can_be_read_side_by_side():
+  families = ["prose/docstrings", "prose/reference"] * 8
+  with futures.ThreadPoolExecutor(8) as pool:
+    opened = list(pool.map(lambda name: stdlib.open_family(config.StandardLibrary(name)).fingerprint, families))
+  assert len(set(opened)) == 2
 
 
 def test_unknown_family():

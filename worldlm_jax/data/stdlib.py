@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,6 +49,7 @@ _MODULES = {
 _REFERENCE = "pydoc_data/topics.py"
 _NOT_CODE = {"antigravity", "this", "turtle"}  # jokes, and a module that comes and goes with tkinter
 _SKIPPED_FOLDERS = {"test", "tests", "__pycache__", "site-packages"}
+_PARSING = threading.Lock()  # Python 3.11 counts its recursion in one place for all threads, and raises SystemError
 _MIN_CHARS = 200  # shorter texts are stubs, often the same in several packages
 _MIN_BYTES = 100_000  # every complete build has twice that
 
@@ -111,8 +113,13 @@ def _sources(stdlib: Path, module: str) -> dict[str, str]:
 def _docstrings(source: str) -> str:
   """The docstrings of a module, its classes and functions, in the order in which `ast` walks them."""
   kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-  found = (ast.get_docstring(node, clean=False) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+  found = (ast.get_docstring(node, clean=False) for node in ast.walk(_parse(source)) if isinstance(node, kinds))
   return "\n".join(inspect.cleandoc(docstring) for docstring in found if docstring)
+
+
+def _parse(source: str) -> ast.Module:
+  with _PARSING:
+    return ast.parse(source)
 
 
 def _topics(stdlib: Path) -> dict[str, str]:
@@ -123,7 +130,7 @@ def _topics(stdlib: Path) -> dict[str, str]:
   """
   if not (stdlib / _REFERENCE).is_file():
     return {}
-  module = ast.parse((stdlib / _REFERENCE).read_text(encoding="utf-8"))
+  module = _parse((stdlib / _REFERENCE).read_text(encoding="utf-8"))
   topics = next(ast.literal_eval(node.value) for node in module.body if isinstance(node, ast.Assign))
   texts: dict[str, str] = {}
   seen: set[str] = set()
