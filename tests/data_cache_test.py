@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from worldlm_jax import config
-from worldlm_jax.data import cache, documents, duplicates, sources, tokenizer
+from worldlm_jax.data import batches, cache, documents, duplicates, sources, tokenizer
 
 BYTES = tokenizer.ByteTokenizer()
 
@@ -87,7 +88,7 @@ def test_small_texts_have_a_document_in_each_split(tmp_path: Path, data: config.
 
 def test_too_few_documents_are_refused(tmp_path: Path, data: config.DataConfig) -> None:
   (tmp_path / "two.txt").write_text("same\n\nsame\n\nother")
-  with pytest.raises(ValueError, match=r"^node: data='.*two.txt': expected at least 3 distinct documents to split"):
+  with pytest.raises(ValueError, match=r"^node: data='.*two.txt': expected at least 3 distinct documents to .*; give"):
     _load(config.Files(str(tmp_path / "two.txt")), data)
   assert _made(data) == []
 
@@ -97,6 +98,18 @@ def test_a_blank_split_of_the_source_is_refused(tmp_path: Path, data: config.Dat
     (tmp_path / f"{name}.txt").write_text(text)
   with pytest.raises(ValueError, match=r"^node: data='.*': expected at least one document that is not empty in the"):
     _load(config.Files(str(tmp_path)), data)
+
+
+def test_a_leaf_that_gets_too_little_says_what_to_change(tmp_path: Path, data: config.DataConfig) -> None:
+  remedy = "too little of the text falls to this leaf: set larger partition"
+  for count, leaf, expected in ((2, 0, "distinct documents"), (1, 1, "at least one document")):
+    leaves = (config.Share({"a": _folder(tmp_path / "a", count)}, (i,), (9,), (1e-6,)) for i in range(9))
+    messages = []
+    for source in leaves:
+      with pytest.raises(ValueError, match=f"^node: data=.*; {remedy}") as caught:
+        _load(source, data)
+      messages.append(str(caught.value))
+    assert any(expected in message for message in messages), leaf
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path: Path, data: config.DataConfig) -> None:
@@ -185,28 +198,112 @@ def test_a_damaged_text_is_made_again(tmp_path: Path, data: config.DataConfig, h
   assert _content(again) == expected and again.digest == digest
 
 
-def test_a_crash_half_way_leaves_nothing_that_looks_finished(
+def test_what_an_interruption_leaves_is_gone(
   tmp_path: Path, data: config.DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   source = _folder(tmp_path / "texts", 5000)
   monkeypatch.setattr(cache, "BUFFER_CHARS", 1000)
 
-  class Crashing(tokenizer.ByteTokenizer):
+  class Interrupting(tokenizer.ByteTokenizer):
     left = 20
 
     def pack(self, texts: Any) -> Any:
-      Crashing.left -= 1
-      if Crashing.left == 0:
+      Interrupting.left -= 1
+      if Interrupting.left == 0:
         raise KeyboardInterrupt
       return super().pack(texts)
 
   with pytest.raises(KeyboardInterrupt):
-    _load(source, data, Crashing())
-  left = [entry.name for entry in Path(data.cache).iterdir() if entry.is_dir()]
-  assert len(left) == 1 and left[0].endswith(".partial")
-  text = _load(source, data, Crashing())
+    _load(source, data, Interrupting())
+  assert _made(data) == []
+  text = _load(source, data, Interrupting())
   assert sum(split.counts.documents for split in text.splits.values()) == 5000
-  assert len(_made(data)) == 1  # and what the crash left is gone
+
+
+def test_what_a_crash_leaves_is_never_taken_for_a_text(tmp_path: Path, data: config.DataConfig) -> None:
+  source = _folder(tmp_path / "texts")
+  expected = _content(_load(source, data))
+  place = Path(data.cache) / _made(data)[0]
+  place.rename(place.with_name(place.name + ".partial"))  # killed just before the last step, and half written
+  (place.with_name(place.name + ".partial") / "train.0.tokens").write_bytes(b"half")
+  assert _content(_load(source, data)) == expected
+  assert _made(data) == [place.name]
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(
+  tmp_path: Path, data: config.DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  source = _folder(tmp_path / "texts")
+  opened = sources.open_base
+
+  def changing(base: sources.Base, policy: str) -> documents.Corpus:
+    corpus = opened(base, policy)
+    _folder(tmp_path / "texts", name="b")
+    return corpus
+
+  monkeypatch.setattr(sources, "open_base", changing)
+  with pytest.raises(ValueError, match=r"^node: data=.*a text that stays as it is while it is read, but it has"):
+    _load(source, data)
+  assert _made(data) == []
+
+
+def test_a_limit_takes_a_sample_that_grows_with_it(tmp_path: Path, data: config.DataConfig) -> None:
+  a, b = _folder(tmp_path / "a"), _folder(tmp_path / "b", name="b")
+  found: list[set[str]] = []
+  for limit in (300, 600, 1200):
+    data.max_train_bytes = limit
+    text = _load(config.Swapped(a, b, 0.5), data)
+    found.append(set(_content(text)["train"]))
+    assert limit - 20 < text.splits["train"].counts.text_bytes <= limit
+  assert found[0] < found[1] < found[2]
+  assert {text[-1] for text in found[2]} == {"a", "b"}  # of both, however they are read
+
+
+def test_the_order_of_a_text_does_not_depend_on_what_others_have(tmp_path: Path, data: config.DataConfig) -> None:
+  def tagged(name: str, *extra: str) -> config.Tagged:
+    rows = [{"text": f"{name} {i}", "tag": "n"} for i in range(99)] + [{"text": e, "tag": "other"} for e in extra]
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return config.Tagged(config.Files(str(tmp_path / f"{name}.jsonl"), node_field="tag"), "n")
+
+  digests = set()
+  for count in range(5):  # each changes the hash of the first file, and with it what the two files' order could be
+    first, second = tagged("g0", *map(str, range(count))), tagged("g1")
+    digests.add(_load(config.Swapped(first, second, 0.5), data).digest)
+  assert len(digests) == 1 and len(_made(data)) == 5
+
+
+def test_more_nodes_than_files_may_be_open(tmp_path: Path) -> None:
+  rows = [{"text": f"{tag} {i}", "tag": str(tag)} for i in range(5) for tag in range(150)]
+  (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from worldlm_jax import config
+from worldlm_jax.data import cache, tokenizer
+base = config.Files({str(tmp_path / "all.jsonl")!r}, node_field="tag")
+nodes = [(str(i), config.Tagged(base, str(i))) for i in range(150)]
+data = config.DataConfig(cache={str(tmp_path / "cache")!r})
+print(len(cache.load(nodes, data, tokenizer.ByteTokenizer(), lambda line: None)))
+"""
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+  assert done.stdout == "150\n", done.stderr
+
+
+def test_a_failure_stops_what_is_made_beside_it(tmp_path: Path, data: config.DataConfig) -> None:
+  bad, good = tmp_path / "bad", _folder(tmp_path / "good", 300_000)
+  bad.mkdir()
+  (bad / "all.txt").write_bytes(b"x\n\n" + b"one " * 400_000 + b"\n\n\xff")
+  with pytest.raises(ValueError, match=r"^bad: .*UTF-8, but byte"):
+    cache.load([("good", good), ("bad", config.Files(str(bad)))], data, BYTES, lambda line: None)
+  assert _made(data) == []
+
+
+@pytest.mark.parametrize("cache_folder", ["file", "/proc/none"])
+def test_a_cache_that_cannot_be_is_refused(tmp_path: Path, data: config.DataConfig, cache_folder: str) -> None:
+  (tmp_path / "file").write_text("")
+  data.cache = str(tmp_path / cache_folder)
+  with pytest.raises(ValueError, match=r"^config.data.cache='.*': expected a folder that can be written to \("):
+    _load(_folder(tmp_path / "texts"), data)
 
 
 _SCRIPT = """
@@ -254,6 +351,22 @@ def test_who_waits_for_the_lock_uses_what_was_made(tmp_path: Path, data: config.
     thread.join(60)
   assert Slow.calls == 3  # once for each split
   assert len(_made(data)) == 1
+
+
+@pytest.mark.parametrize(("name", "lossless"), [("bytes", True), ("upper", False), ("spaces", True)])
+def test_tokenizers_that_lose_text_are_found_out(
+  tmp_path: Path, data: config.DataConfig, name: str, lossless: bool
+) -> None:
+  class Changing(tokenizer.ByteTokenizer):
+    def decode(self, ids: Any) -> str:
+      text = super().decode(ids)
+      return {"bytes": text, "upper": text.upper(), "spaces": text.replace(" ", "  ")}[name]
+
+  Changing.name = name
+  source = _folder(tmp_path / "texts", 999)
+  assert _load(source, data, Changing()).lossless is lossless
+  assert _load(source, data, Changing()).lossless is lossless  # from the cache
+  assert math.isnan(batches.load([("n", source)], data, Changing())["n"].bytes_per_token("test")) is not lossless
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path, data: config.DataConfig) -> None:

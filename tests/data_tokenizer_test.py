@@ -94,11 +94,18 @@ def test_the_first_separator_of_the_list_is_taken(tmp_path):
 
 
 def test_vocabulary_with_gaps(tmp_path):
-  vocab = {"<eos>": 5, "word": 11}
-  tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<eos>")).save(str(tmp_path / "t.json"))
+  tokenizers.Tokenizer(tokenizers.models.BPE({"<eos>": 5, "w": 11}, [])).save(str(tmp_path / "t.json"))
   loaded = tokenizer.load(str(tmp_path / "t.json"))
   assert loaded.vocab_size == 12
-  assert loaded.decode([5, 11, 5]) == "word"  # this separator is not marked as special in the file
+  assert loaded.decode([5, 11, 5]) == "w"  # this separator is not marked as special in the file
+
+
+def test_a_separator_that_a_text_can_spell_out_is_refused(tmp_path):
+  trained = _byte_level()
+  trained.add_tokens(["<|endoftext|>"])  # not as a special one
+  trained.save(str(tmp_path / "t.json"))
+  with pytest.raises(ValueError, match=r"config.data.tokenizer=.*'<|endoftext|>' to be a special token, but a text"):
+    tokenizer.load(str(tmp_path / "t.json"))
 
 
 def test_documents_stay_whole_whatever_the_file_asks_for(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from worldlm_jax import config as c, federation as f, tree_sources
-from worldlm_jax.data import sources
+from worldlm_jax.data import documents, sources
 
 TEXT = c.Files("unread")
 
@@ -241,7 +241,7 @@ def _documents(tree: f.Federation) -> dict[str, set[str]]:
   """The documents of each node of a tree."""
   return {
     m.path: {d.text for choice in sources.choices(m.data) for d in sources.open_base(choice.base, "error").documents()
-             if choice.accepts(d)}
+             if choice.accepts(d, documents.digest(d.text.encode()))}
     for m in tree.members if m.data is not None
   }
 
@@ -341,3 +341,40 @@ def test_synthetic_trees() -> None:
 def test_walk_visits_parents_first() -> None:
   root = c.Node("w", None, [c.Node("a", TEXT, [c.Node("b", TEXT)]), c.Node("c", TEXT)])
   assert [path for path, _ in tree_sources.walk(root)] == [".", "a", "a/b", "c"]
+
+
+def test_a_partition_keeps_the_roots_settings_and_refuses_those_below(tmp_path: Path) -> None:
+  _labelled(tmp_path, "a", count=9)
+  leaf = c.Node("a", c.Files(str(tmp_path / "a")))
+  partition = c.Partition((2,), (1.0,))
+  tree = _resolve(c.Node("w", None, [leaf], {"local_steps": 77}), partition=partition)
+  assert _setting(tree, "local_steps") == {".": 77, "0": 77, "1": 77}
+  leaf.settings["local_steps"] = 3
+  with pytest.raises(ValueError, match=r"node 'a': settings={'local_steps': 3}: expected none below the root"):
+    _resolve(c.Node("w", None, [leaf]), partition=partition)
+
+
+def test_a_share_to_swap_needs_nodes(tmp_path: Path) -> None:
+  _labelled(tmp_path, "a", "b", count=3)
+  with pytest.raises(ValueError, match=r"swap.share=0.5: expected two nodes in config.federation.swap.nodes"):
+    _resolve(folder=str(tmp_path), swap=c.Swap(share=0.5))
+
+
+def test_a_link_back_up_is_refused(tmp_path: Path) -> None:
+  _labelled(tmp_path, "law", count=3)
+  (tmp_path / "law" / "loop").symlink_to(tmp_path)
+  with pytest.raises(ValueError, match=r"federation.folder='.*law/loop': expected a folder that does not lead back"):
+    _resolve(folder=str(tmp_path))
+
+
+@pytest.mark.parametrize(("root", "message"), [
+  ("w", r"node '.'='w': expected a Node"),
+  (c.Node("w", "texts"), r"node '.': data='texts': expected a source, such as Files\(path\)"),
+  (c.Node("w", c.Files(3)), r"node '.': data.path=3: expected a string"),
+  (c.Node("w", None, ["a"]), r"node '.': children=\['a'\]: expected a list of nodes"),
+  (c.Node("w", None, c.Node("a")), r"node '.': children=Node\(.*: expected a list of nodes"),
+  (c.Node("w", TEXT, [], None), r"node '.': settings=None: expected a dict of settings"),
+])
+def test_nodes_of_the_wrong_type_are_named(root: Any, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    _resolve(root)

@@ -69,9 +69,9 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
   (_describe(rounds=5), "config.rounds: 3 there, 5 here"),
   (_describe(local_steps=7), "node 'a'.settings.local_steps: 20 there, 7 here"),
   (_describe(clip_norm=float("inf")), "node 'a'.settings.clip_norm: 1.0 there, \"inf\" here"),
-  (_describe(digest="9999"), "node 'a'.digest: \"1234\" there, \"9999\" here"),
+  (_describe(digest="9999"), "node 'a'.text, by its digest: \"1234\" there, \"9999\" here"),
   (_describe(digest="9999", rounds=5),
-   "config.rounds: 3 there, 5 here; node 'a'.digest: \"1234\" there, \"9999\" here"),
+   "config.rounds: 3 there, 5 here; node 'a'.text, by its digest: \"1234\" there, \"9999\" here"),
 ])
 def test_another_run_is_refused_and_told_where_it_differs(
   tmp_path: Path, description: dict[str, Any], differences: str

@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from worldlm_jax import checks, config as config_lib, federation, validation
@@ -15,6 +15,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags; a mistake in them is bad input like any other."""
+  logging.set_verbosity(logging.FATAL)  # libraries log every file, and tracebacks of what we say in one line
   try:
     validation.check_flags(argv)
     rest = flags.FLAGS(argv)

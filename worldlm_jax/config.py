@@ -153,7 +153,7 @@ class Partition:
 class Swap:
   """Exchanges a share of the documents of two nodes, so that the hierarchy no longer fits the data."""
 
-  nodes: tuple[str, ...] = ()  # two paths, or () for none
+  nodes: tuple[str, ...] = ()  # two paths, such as ('law/eu', 'code/python'), or () for none
   share: float = 0.0  # 0 to 1
   seed: int = 0
 

@@ -95,14 +95,13 @@ def resolve(config: config_lib.Config) -> Federation:
   unused = {path: dict(values) for path, values in config.federation.overrides.items()}
 
   def visit(node: config_lib.Node, path: str, parent: str | None, inherited: config_lib.NodeSettings) -> None:
+    validation.validate_node(node, f"node {path!r}")
     own = dict(node.settings) | unused.pop(path, {})
     settings = _override(inherited, own, f"node {path!r}")
     validation.validate_node_settings(settings, f"node {path!r}")
     if not node.children and node.data is None:
       checks.fail(f"node {path!r}: data", None, "a source of text at every node without children",
                   "give it data or remove the node")
-    if node.data is not None:
-      validation.validate_types(node.data, f"node {path!r}: data")
     level = depth(path)
     levels.extend([] for _ in range(level + 1 - len(levels)))
     levels[level].append(Member(path, node.name, parent, node.data, settings))

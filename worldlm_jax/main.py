@@ -11,7 +11,7 @@ The same command again resumes. Exit codes: 0 finished, 1 stopped by an error in
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 from worldlm_jax import checks, command, progress, train
 
@@ -21,7 +21,6 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh where the folde
 
 def main(_: list[str]) -> int:
   """Runs the experiment of the flags and returns the exit code."""
-  logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and tracebacks of what we say in one line
   reporter = progress.for_stdout()
   try:
     summary = train.run(command.configured(), str(_WORKDIR.value), overwrite=_OVERWRITE.value, reporter=reporter)

@@ -178,7 +178,8 @@ def summary(
 def _mean_and_worst(paths: list[str], scores: Mapping[str, dict[str, float]]) -> dict[str, Any]:
   """Over nodes with text: the mean of each unit, and the node with the most bits per byte."""
   mean = {unit: float(np.mean([scores[path][unit] for path in paths])) for unit in scores[paths[0]]}
-  worst = max(paths, key=lambda path: scores[path]["bits_per_byte"])
+  unit = "loss_nats" if math.isnan(mean["bits_per_byte"]) else "bits_per_byte"  # unknown where a tokenizer loses text
+  worst = max(paths, key=lambda path: scores[path][unit])
   return {"mean": mean, "worst": {"node": worst} | scores[worst]}
 
 

@@ -48,6 +48,22 @@ def train(
   checks.require(not out.is_dir(), "--out", str(out), "a file, but it is a folder")
   federation = federation_lib.resolve(config)
   checks.one_of("--federation", path, [member.path for member in federation.members])
+  partial = out.with_name(out.name + ".new")
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+  except OSError as error:
+    checks.fail("--out", str(out), f"a file that can be written ({error.strerror})", "choose another place")
+  try:
+    return _train(config, federation, out, partial, vocab_size, path, max_bytes_per_node)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def _train(
+  config: config_lib.Config, federation: federation_lib.Federation, out: Path, partial: Path, vocab_size: int,
+  path: str, max_bytes_per_node: int,
+) -> dict[str, float]:
   members = [member for member in federation.members if member.data is not None]
   sources = [(member.path, member.data) for member in members if member.data is not None]
   # The cache gives every node exactly the documents that it will train on, as bytes.
@@ -66,8 +82,6 @@ def train(
   trained.train_from_iterator(
     (document for text in used for document in _documents(text.splits["train"], max_bytes_per_node)), trainer
   )
-  out.parent.mkdir(parents=True, exist_ok=True)
-  partial = out.with_name(out.name + ".new")
   trained.save(str(partial))
   os.replace(partial, out)
   return bytes_per_token(tokenizer_lib.load(str(out)), texts)

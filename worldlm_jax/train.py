@@ -95,6 +95,8 @@ class _Run:
     self.duplicates = duplicates.find({path: text.text for path, text in self.texts.items()})
     for line in duplicates.warnings(self.duplicates):
       reporter.message(line)
+    if lossy := [path for path, text in self.texts.items() if not text.text.lossless]:
+      reporter.message(f"warning: the tokenizer loses some of the text of {', '.join(lossy)}: no bits per byte there")
     digests = {path: text.digest for path, text in self.texts.items()}
     validation = None
     if engine_lib.needs_validation(config, self.federation):

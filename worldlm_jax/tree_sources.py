@@ -48,6 +48,7 @@ def configured_tree(federation: config_lib.FederationConfig, data: config_lib.Da
 
 def walk(node: Node, path: str = ROOT) -> Iterable[tuple[str, Node]]:
   """All nodes with their paths, parents before children."""
+  validation.validate_node(node, f"node {path!r}")
   yield path, node
   for child in node.children:
     yield from walk(child, child.name if path == ROOT else f"{path}/{child.name}")
@@ -59,19 +60,23 @@ def _tree_from_top_folder(name: str) -> Node:
   return _tree_from_folder(folder, folder.resolve().name)
 
 
-def _tree_from_folder(folder: Path, name: str) -> Node:
+def _tree_from_folder(folder: Path, name: str, above: frozenset[Path] = frozenset()) -> Node:
   """Each folder is a node; one that holds readable files has data. Hidden folders are left out."""
+  real = folder.resolve()
+  checks.require(real not in above, "config.federation.folder", str(folder), "a folder that does not lead back to one "
+                 "above it", "remove the link")
   try:
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
   except OSError as error:
-    message = f"federation.folder: {folder} cannot be read ({error.strerror}); make it readable"
+    message = f"config.federation.folder: {folder} cannot be read ({error.strerror}); make it readable"
     raise checks.InputError(message) from error
   names = [entry for entry in entries if not entry.name.startswith((".", "__"))]
-  children = [_tree_from_folder(Path(entry.path), entry.name) for entry in names if entry.is_dir()]
-  has_text = any(entry.is_file() and entry.name.endswith(files.SUFFIXES) for entry in names)
+  children = [_tree_from_folder(Path(entry.path), entry.name, above | {real}) for entry in names if entry.is_dir()]
+  has_text = any(entry.name.endswith(files.SUFFIXES) and entry.is_file() for entry in names)
   if not children and not has_text:
-    checks.fail("federation.folder", str(folder), f"a folder that holds files ending in {', '.join(files.SUFFIXES)}, "
-                "or folders of them", "add train.txt, valid.txt and test.txt (or other files), or remove the folder")
+    checks.fail("config.federation.folder", str(folder),
+                f"a folder that holds files ending in {', '.join(files.SUFFIXES)}, or folders of them",
+                "add train.txt, valid.txt and test.txt (or other files), or remove the folder")
   return Node(name, config_lib.Files(str(folder)) if has_text else None, children)
 
 
@@ -144,6 +149,9 @@ def _tree_from_tags(source: config_lib.Source, data: config_lib.DataConfig) -> N
 
 def _partitioned(tree: Node, partition: config_lib.Partition) -> Node:
   """A tree of the given branching whose leaves share out what the nodes of `tree` have."""
+  for path, node in walk(tree):
+    checks.require(path == ROOT or not node.settings, f"node {path!r}: settings", node.settings, "none below the root, "
+                   "since config.federation.partition makes other nodes", "set those with --node=0/1.FIELD=VALUE")
   sources = {path: node.data for path, node in walk(tree) if node.data is not None}
   names = [list(map(str, range(count))) for count in partition.branching]
 
@@ -151,7 +159,8 @@ def _partitioned(tree: Node, partition: config_lib.Partition) -> Node:
     name = names[len(place) - 1][place[-1]] if place else tree.name
     if len(place) == len(partition.branching):
       return Node(name, config_lib.Share(sources, place, partition.branching, partition.alphas, partition.seed))
-    return Node(name, None, [build((*place, child)) for child in range(partition.branching[len(place)])])
+    children = [build((*place, child)) for child in range(partition.branching[len(place)])]
+    return Node(name, None, children, {} if place else tree.settings)
 
   return build(())
 

@@ -8,7 +8,18 @@ from collections.abc import Iterable
 from typing import Any
 
 from worldlm_jax import checks
-from worldlm_jax.config import Config, FederationConfig, ModelConfig, NodeSettings, Source, num_key_layers
+from worldlm_jax.config import (
+  Config,
+  FederationConfig,
+  Files,
+  HuggingFace,
+  ModelConfig,
+  Node,
+  NodeSettings,
+  Source,
+  Tfds,
+  num_key_layers,
+)
 
 SIMILARITIES = ("param_cosine", "scaled_dot", "centered_cosine", "update_cosine", "validation_loss")
 
@@ -23,7 +34,7 @@ def check_flags(argv: Iterable[str]) -> None:
       where = f"--config.{name}: field"
       if not dataclasses.is_dataclass(kind) and kind != Source:
         checks.fail(where, part, "a flag that ends before it", "--node changes the settings of one node")
-      kinds = typing.get_args(Source) if kind == Source else (kind,)
+      kinds = (Files, Tfds, HuggingFace) if kind == Source else (kind,)
       types = {field.name: field.type for member in kinds for field in dataclasses.fields(member)}
       checks.one_of(where, part, types)
       kind = types[part]
@@ -86,9 +97,26 @@ def validate_types(value: Any, name: str) -> None:
     elif (element := _element(field.type)) is not None:
       ok = isinstance(inner, tuple) and all(isinstance(i, (int, float) if element is float else element) for i in inner)
       checks.require(ok, where, inner, f"a tuple, each {_WORDS[element]}", "one alone is written (3,)")
-    elif field.name in ("documents", "source", "own", "other"):
-      checks.require(isinstance(inner, Source), where, inner, "a source, such as Files")
-      validate_types(inner, where)
+    elif field.type == Source or field.name in ("source", "own", "other"):
+      validate_source(inner, where)
+
+
+def validate_source(value: Any, name: str) -> None:
+  """A node's data, or another source within a config."""
+  checks.require(isinstance(value, Source), name, value, "a source, such as Files(path)")
+  validate_types(value, name)
+
+
+def validate_node(node: Any, name: str) -> None:
+  """A node of a config file: the types of its fields; its children are nodes by themselves."""
+  checks.require(isinstance(node, Node), name, node, "a Node")
+  checks.require(isinstance(node.name, str), f"{name}: name", node.name, "a string")
+  children = node.children if isinstance(node.children, list) else [None]
+  checks.require(all(isinstance(child, Node) for child in children), f"{name}: children", node.children,
+                 "a list of nodes")
+  checks.require(isinstance(node.settings, dict), f"{name}: settings", node.settings, "a dict of settings")
+  if node.data is not None:
+    validate_source(node.data, f"{name}: data")
 
 
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
@@ -112,6 +140,8 @@ def _validate_federation(federation: FederationConfig) -> None:
   checks.require(len(swap.nodes) in (0, 2) and len(set(swap.nodes)) == len(swap.nodes), "config.federation.swap.nodes",
                  swap.nodes, "the paths of two different nodes")
   _in_range("config.federation.swap.share", swap.share, 0, 1)
+  checks.require(bool(swap.nodes) or not swap.share, "config.federation.swap.share", swap.share,
+                 "two nodes in config.federation.swap.nodes", "name them, such as ('law/eu','code/python')")
 
 
 def _validate_model(model: ModelConfig) -> None:

@@ -112,11 +112,13 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 def _comparable(description: dict[str, Any]) -> dict[str, Any]:
   """What two runs must have in common.
 
-  Not where the tree came from, since the nodes say it all: folders may move as long as the text, whose
-  digest is compared, is the same. Not what changes no result, such as how many checkpoints are kept.
+  Not where the tree came from, since the nodes say it all: folders may move as long as the tokens of the text,
+  whose digest is compared, are the same. Not what changes no result, such as how many checkpoints are kept.
   """
   nodes = description["nodes"].items()
   other = ("federation", "node", "checkpoint", "nodes_at_once")
-  return {"config": {k: v for k, v in description["config"].items() if k not in other}} | {
-    f"node {path!r}": {k: v for k, v in value.items() if k != "data"} for path, value in nodes
+  config = {k: v for k, v in description["config"].items() if k not in other}
+  config["data"] = {k: v for k, v in config["data"].items() if k not in ("cache", "tokenizer")}
+  return {"config": config} | {
+    f"node {path!r}": {"settings": value["settings"], "text, by its digest": value["digest"]} for path, value in nodes
   }

@@ -4,6 +4,7 @@ Shape suffixes: S steps, B windows per batch, L predicted tokens per window.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import grain
@@ -58,9 +59,12 @@ class NodeText:
     return self.text.digest
 
   def bytes_per_token(self, split: str) -> float:
-    """What turns nats per token into nats per byte. Separators count as tokens of no bytes."""
+    """What turns nats per token into nats per byte. Separators count as tokens of no bytes.
+
+    NaN where the tokenizer loses some of the text, since a model need not know what is lost.
+    """
     counts = self.text.splits[split].counts
-    return counts.text_bytes / counts.tokens
+    return counts.text_bytes / counts.tokens if self.text.lossless else math.nan
 
 
 def load(

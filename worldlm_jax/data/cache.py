@@ -13,10 +13,13 @@ finished, and a second process waits for the first.
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -26,22 +29,11 @@ import filelock
 import numpy as np
 
 from worldlm_jax import checks, config
-from worldlm_jax.data import documents, sources
+from worldlm_jax.data import documents, reading, sources, writing
 from worldlm_jax.data.tokenizer import Tokenizer, token_dtype
 
 VERSION = 1  # of the files' layout, and of how documents are split and tokenised
 BUFFER_CHARS = 1 << 20
-_KINDS = ("tokens", "documents", "hashes")
-
-
-class Counts(NamedTuple):
-  """What a split holds. Empty documents are left out before anything is counted."""
-
-  documents: int = 0
-  text_bytes: int = 0  # UTF-8, without separators
-  tokens: int = 0  # with a separator for each document
-  replaced: int = 0  # invalid byte sequences that became replacement characters
-  empty: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +43,7 @@ class Split:
   tokens: np.ndarray  # uint16 or uint32 [tokens]
   starts: np.ndarray  # uint64 [documents]: the place of each document's separator
   hashes: np.ndarray  # uint64 [documents], sorted
-  counts: Counts
+  counts: writing.Counts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,6 +52,7 @@ class Text:
 
   splits: dict[str, Split]
   digest: str  # 16 hex digits
+  lossless: bool  # whether the tokenizer gives the text back, as far as that was tried
 
 
 def folder(data: config.DataConfig) -> Path:
@@ -79,7 +72,7 @@ def load(
   side. `report` is told what is being made.
 
   Raises:
-    ValueError: a source cannot be read, or has too few documents; names the node.
+    ValueError: a source cannot be read, or has too few documents, or the cache is no folder; names the node.
     OSError: the cache cannot be written.
   """
   wanted = [_Wanted(path, source, tuple(sources.choices(source))) for path, source in nodes]
@@ -87,15 +80,36 @@ def load(
   fingerprints = {name: corpus.fingerprint for name, corpus in opened.items()}
   keys = {w.path: _key(w.source, fingerprints, data, tokenizer) for w in wanted}
   root = folder(data)
+  _allow_open_files(12 * len(nodes) + 256)
   first = {keys[w.path]: w for w in reversed(wanted)}  # the same text may lie at several nodes
   missing = [w for key, w in first.items() if _read(root / key, tokenizer) is None]
   if missing:
-    root.mkdir(parents=True, exist_ok=True)
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      made = [pool.submit(_make, group, opened, keys, data, tokenizer, report) for group in _groups(missing)]
-      for future in made:
-        future.result()
+    making = _Making(root, opened, keys, data, tokenizer, report)
+    with _explained(root):
+      root.mkdir(parents=True, exist_ok=True)
+      making.all(_groups(missing))
   return {path: _present(root / key, tokenizer) for path, key in keys.items()}
+
+
+@contextlib.contextmanager
+def _explained(root: Path) -> Iterator[None]:
+  """Errors of the file system say that it is the cache which cannot be written."""
+  try:
+    yield
+  except OSError as error:
+    why = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+      message = f"no space left for the tokenised texts in {root}: free some, or set config.data.cache to another disk"
+      raise OSError(errno.ENOSPC, message) from error
+    reading.fail_from(error, "config.data.cache", str(root), f"a folder that can be written to ({why})",
+                      "set it to another folder")
+
+
+def _allow_open_files(count: int) -> None:
+  """A mapped file counts as an open one; systems allow many more than they do by default, if asked."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if soft != resource.RLIM_INFINITY and soft < count:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard))
 
 
 class _Wanted(NamedTuple):
@@ -140,173 +154,129 @@ def _groups(missing: Sequence[_Wanted]) -> list[list[_Wanted]]:
   return [members for _, members in groups]
 
 
-def _make(
-  group: Sequence[_Wanted], opened: Mapping[str, documents.Corpus], keys: Mapping[str, str], data: config.DataConfig,
-  tokenizer: Tokenizer, report: Callable[[str], None],
-) -> None:
-  """Makes the texts of a group, but for those that another process has made meanwhile."""
-  root = folder(data)
-  with contextlib.ExitStack() as stack:
-    for key in sorted({keys[w.path] for w in group}):  # in the same order everywhere, so that nobody waits in a circle
-      stack.enter_context(filelock.FileLock(root / f"{key}.lock"))
-    left = [w for w in group if _read(root / keys[w.path], tokenizer) is None]
-    # A small text may leave a split empty; it is read again, with its last two documents as valid and test.
-    bounds = {w.path: documents.SplitBounds() for w in left}
-    while left:
-      report(f"tokenising {', '.join(w.path for w in left[:4])}{f' and {len(left) - 4} more' * (len(left) > 4)}")
-      with contextlib.ExitStack() as open_files:
-        writers = {}
+class _Stopped(Exception):
+  """Another group has failed."""
+
+
+class _Making:
+  """The texts that are made by one call of `load`."""
+
+  def __init__(
+    self, root: Path, opened: Mapping[str, documents.Corpus], keys: Mapping[str, str], data: config.DataConfig,
+    tokenizer: Tokenizer, report: Callable[[str], None],
+  ):
+    self.root, self.opened, self.keys, self.data, self.tokenizer = root, opened, keys, data, tokenizer
+    self._report, self._reporting, self._stop = report, threading.Lock(), threading.Event()
+
+  def all(self, groups: Sequence[Sequence[_Wanted]]) -> None:
+    """Makes the groups side by side; where one fails, the others stop."""
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      made = [pool.submit(self.group, group) for group in groups]
+      try:
+        futures.wait(made, return_when=futures.FIRST_EXCEPTION)
+      finally:
+        if not all(future.done() and future.exception() is None for future in made):
+          self._stop.set()
+        pool.shutdown(cancel_futures=True)
+    failures = [error for future in made if not future.cancelled() and (error := future.exception()) is not None]
+    for error in failures:
+      if not isinstance(error, _Stopped):
+        raise error
+
+  def group(self, group: Sequence[_Wanted]) -> None:
+    """Makes the texts of a group, but for those that another process has made meanwhile."""
+    with contextlib.ExitStack() as stack:
+      for key in sorted({self.keys[w.path] for w in group}):  # in one order, so that no two wait in a circle
+        stack.enter_context(self._locked(key))
+      left = [w for w in group if _read(self.root / self.keys[w.path], self.tokenizer) is None]
+      if left:
+        self.say(f"tokenising {_listed(left)}")
+      try:
+        # A small text may leave a split empty; it is read again, with its last two documents as valid and test.
+        bounds = {w.path: documents.SplitBounds() for w in left}
+        while left:
+          writers = self._write(left, bounds)
+          left = [w for w in left if not writers[w.path].whole]
+      finally:
         for w in left:
-          writer = _Writer(root / f"{keys[w.path]}.partial", data.max_train_bytes, bounds[w.path], tokenizer)
-          writers[w.path] = open_files.enter_context(contextlib.closing(writer))
-        _read_bases(left, opened, writers)
-        for w in left:
-          with _naming(w.path):
-            origin = opened[sources.name(w.choices[0].base)].origin
-            bounds[w.path] = writers[w.path].finish(origin, root / keys[w.path])
-      left = [w for w in left if not writers[w.path].whole]
+          shutil.rmtree(self._partial(w), ignore_errors=True)
 
+  def say(self, line: str) -> None:
+    """Reports a line; one thread at a time."""
+    with self._reporting:
+      self._report(line)
 
-def _read_bases(
-  wanted: Sequence[_Wanted], opened: Mapping[str, documents.Corpus], writers: Mapping[str, "_Writer"]
-) -> None:
-  """One pass over each base, in the order of their fingerprints: the same for a node whoever else is there."""
-  takers: dict[str, list[tuple[str, Callable[[documents.Document], bool]]]] = collections.defaultdict(list)
-  for w in wanted:
-    for choice in w.choices:
-      takers[sources.name(choice.base)].append((w.path, choice.accepts))
-  for name in sorted(takers, key=lambda name: opened[name].fingerprint):
-    here = takers[name]
-    with _naming(here[0][0]):
-      for document in opened[name].documents():
-        for path, accepts in here:
-          if accepts(document):
-            writers[path].add(document)
+  @contextlib.contextmanager
+  def _locked(self, key: str) -> Iterator[None]:
+    lock = filelock.FileLock(self.root / f"{key}.lock")
+    try:
+      lock.acquire(timeout=2)
+    except filelock.Timeout:
+      self.say(f"waiting for another process that makes {self.root / key}")
+      lock.acquire()
+    try:
+      yield
+    finally:
+      lock.release()
 
+  def _partial(self, w: _Wanted) -> Path:
+    return self.root / f"{self.keys[w.path]}.partial"
 
-class _Writer:
-  """Writes one text; `whole` once it is finished and in place."""
-
-  def __init__(self, partial: Path, max_train_bytes: int, bounds: documents.SplitBounds, tokenizer: Tokenizer):
-    self.partial, self.bounds, self.whole = partial, bounds, False
-    self._tokenizer = tokenizer
-    shutil.rmtree(partial, ignore_errors=True)  # what a crash left
-    partial.mkdir()
-    self._splits = {
-      name: _SplitWriter(partial, name, tokenizer, max_train_bytes if name == "train" else 0)
-      for name in documents.SPLITS
+  def _write(self, left: Sequence[_Wanted], bounds: dict[str, documents.SplitBounds]) -> dict[str, writing.Writer]:
+    """One pass over the bases, or two where a limit has to see everything first. Changes `bounds` for another try."""
+    limits: dict[str, writing.TrainLimit] = {}
+    if self.data.max_train_bytes:
+      limits = {w.path: writing.TrainLimit(self.data.max_train_bytes, bounds[w.path]) for w in left}
+      self._read_bases(left, limits)
+    num_parts = sum(len(w.choices) for w in left)
+    writers = {
+      w.path: writing.Writer(self._partial(w), self.tokenizer, bounds[w.path], limits.get(w.path), len(w.choices),
+                             max(BUFFER_CHARS // 64, min(BUFFER_CHARS, 16 * BUFFER_CHARS // num_parts)))
+      for w in left
     }
-    self._lowest, self._highest, self._second = 2**64, -1, -1  # of the digests of documents without a split
+    self._read_bases(left, writers)
+    self._check_unchanged(left)
+    for w in left:
+      with _naming(w.path):
+        origin = self.opened[sources.name(w.choices[0].base)].origin
+        final = self.root / self.keys[w.path]
+        bounds[w.path] = writers[w.path].finish(origin, sources.remedy(w.source), final)
+    return writers
 
-  def add(self, document: documents.Document) -> None:
-    """Takes a document in."""
-    if not document.text.strip():
-      self._splits[document.split or "train"].empty += 1
-      return
-    encoded = document.text.encode()
-    digest = documents.digest(encoded)
-    if not document.split:
-      self._lowest = min(self._lowest, digest)
-      if digest > self._highest:
-        self._highest, self._second = digest, self._highest
-      elif self._second < digest < self._highest:
-        self._second = digest
-    self._splits[document.split or self.bounds.split_of(digest)].add(document, encoded, digest)
+  def _read_bases(
+    self, wanted: Sequence[_Wanted], takers: Mapping[str, writing.Writer] | Mapping[str, writing.TrainLimit]
+  ) -> None:
+    """One pass over each base. Every choice of a node is a part of its text, so the order of the bases is the same."""
+    choices: dict[str, list[tuple[str, int, sources.Choice]]] = collections.defaultdict(list)
+    for w in wanted:
+      for part, choice in enumerate(w.choices):
+        choices[sources.name(choice.base)].append((w.path, part, choice))
+    for name, here in choices.items():
+      with _naming(here[0][0]):
+        for document in self.opened[name].documents():
+          if self._stop.is_set():
+            raise _Stopped
+          encoded = document.text.encode()
+          digest = documents.digest(encoded)
+          for path, part, choice in here:
+            if choice.accepts(document, digest):
+              takers[path].add(document, encoded, digest, part)
 
-  def finish(self, origin: str, final: Path) -> documents.SplitBounds:
-    """Puts the text in place, or says with which bounds it has to be made again, because a split is empty."""
-    counts = {name: split.finish() for name, split in self._splits.items()}
-    blank = [name for name, count in counts.items() if not count.documents]
-    if blank:
-      shutil.rmtree(self.partial)
-      again = documents.SplitBounds(self._second, self._highest)
-      if self._highest < 0 or again == self.bounds:  # the source's own splits, or nothing at all
-        checks.fail("data", origin, f"at least one document that is not empty in the {blank[0]} split",
-                    "put text into it, or leave the splitting to worldlm_jax")
-      checks.require(self._lowest < self._second, "data", origin, "at least 3 distinct documents to split",
-                     "separate the documents of a .txt file by blank lines, or split them yourself")
-      return again
-    digest = hashlib.sha256(self._tokenizer.name.encode())
-    for name, split in self._splits.items():
-      digest.update(f"\n{name} {counts[name].tokens} {split.digest.hexdigest()}".encode())
-    meta = {"digest": digest.hexdigest()[:16], "splits": {name: count._asdict() for name, count in counts.items()}}
-    _write_synced(self.partial / "meta.json", json.dumps(meta, indent=2).encode())
-    shutil.rmtree(final, ignore_errors=True)  # a text that is there was found damaged
-    self.partial.rename(final)
-    self.whole = True
-    return self.bounds
-
-  def close(self) -> None:
-    """Lets go of the files; an unfinished text is left to the next who makes it."""
-    for split in self._splits.values():
-      split.close()
+  def _check_unchanged(self, wanted: Sequence[_Wanted]) -> None:
+    """What was read must be what the key was made of."""
+    for w in wanted:
+      for choice in w.choices:
+        if isinstance(choice.base, config.Files | config.Tfds):
+          before = self.opened[sources.name(choice.base)]
+          with _naming(w.path):
+            now = sources.open_base(choice.base, self.data.invalid_utf8).fingerprint
+            checks.require(now == before.fingerprint, "data", before.origin, "a text that stays as it is while it is "
+                           "read, but it has changed", "start again once nothing writes to it")
 
 
-class _SplitWriter:
-  def __init__(self, partial: Path, name: str, tokenizer: Tokenizer, max_bytes: int):
-    self._paths = {kind: partial / f"{name}.{kind}" for kind in _KINDS}
-    self._files = {kind: path.open("wb") for kind, path in self._paths.items()}
-    self._tokenizer, self._max_bytes, self._full = tokenizer, max_bytes, False
-    self._texts: list[str] = []
-    self._hashes: list[int] = []
-    self._buffered = 0
-    self._documents = self._text_bytes = self._tokens = self._replaced = 0
-    self.empty = 0
-    self.digest = hashlib.sha256()
-
-  def add(self, document: documents.Document, encoded: bytes, digest: int) -> None:
-    """Takes a document in; beyond `max_bytes` it takes no more, but for a first one, which it cuts."""
-    if self._full:
-      return
-    text, size = document.text, len(encoded)
-    if self._max_bytes and self._text_bytes + size > self._max_bytes:
-      self._full = True
-      if self._documents:
-        return
-      text = encoded[: self._max_bytes].decode(errors="ignore")
-      size = len(text.encode())
-    self._texts.append(text)
-    self._hashes.append(digest)
-    self._documents += 1
-    self._text_bytes += size
-    self._replaced += document.replaced
-    self._buffered += len(text)
-    if self._buffered >= BUFFER_CHARS:
-      self._flush()
-
-  def _flush(self) -> None:
-    tokens, starts = self._tokenizer.pack(self._texts)
-    written = tokens.tobytes()
-    self._files["tokens"].write(written)
-    self.digest.update(written)
-    self._files["documents"].write((self._tokens + starts).astype(np.uint64).tobytes())
-    self._files["hashes"].write(np.array(self._hashes, np.uint64).tobytes())
-    self._tokens += len(tokens)
-    self._texts, self._hashes, self._buffered = [], [], 0
-
-  def finish(self) -> Counts:
-    """Writes what is left."""
-    self._flush()
-    for file in self._files.values():
-      file.flush()
-      os.fsync(file.fileno())
-    self.close()
-    if self._documents:
-      hashes = np.memmap(self._paths["hashes"], np.uint64, "r+")  # sorted on disk: there may be very many
-      hashes.sort()
-      hashes.flush()
-    return Counts(self._documents, self._text_bytes, self._tokens, self._replaced, self.empty)
-
-  def close(self) -> None:
-    for file in self._files.values():
-      file.close()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-  with path.open("wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
+def _listed(wanted: Sequence[_Wanted]) -> str:
+  names = ", ".join(w.path for w in wanted[:4])
+  return names + (f" and {len(wanted) - 4} more" if len(wanted) > 4 else "")
 
 
 def _read(place: Path, tokenizer: Tokenizer) -> Text | None:
@@ -315,14 +285,14 @@ def _read(place: Path, tokenizer: Tokenizer) -> Text | None:
     meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
     splits = {}
     for name in documents.SPLITS:
-      counts = Counts(**meta["splits"][name])
-      types = {kind: token_dtype(tokenizer) if kind == "tokens" else np.dtype(np.uint64) for kind in _KINDS}
+      counts = writing.Counts(**meta["splits"][name])
+      types = {kind: token_dtype(tokenizer) if kind == "tokens" else np.dtype(np.uint64) for kind in writing.KINDS}
       arrays = {kind: np.memmap(place / f"{name}.{kind}", dtype, "r") for kind, dtype in types.items()}
       lengths = {"tokens": counts.tokens, "documents": counts.documents, "hashes": counts.documents}
       if any(len(array) != lengths[kind] for kind, array in arrays.items()):
         return None
       splits[name] = Split(arrays["tokens"], arrays["documents"], arrays["hashes"], counts)
-    return Text(splits, meta["digest"])
+    return Text(splits, meta["digest"], meta["lossless"])
   except (OSError, ValueError, KeyError, TypeError):
     return None
 
@@ -338,11 +308,12 @@ def tags(source: config.Files | config.Tfds | config.HuggingFace, data: config.D
   """The different values of a base's node_field, sorted; looked up once for each content."""
   corpus = sources.open_base(source, data.invalid_utf8)
   record = folder(data) / f"tags-{corpus.fingerprint[:32]}.json"
-  if record.exists():
+  with contextlib.suppress(OSError, ValueError):
     return json.loads(record.read_text(encoding="utf-8"))
   found = sorted({document.tag for document in corpus.documents()})
-  record.parent.mkdir(parents=True, exist_ok=True)
-  partial = record.with_suffix(f".{os.getpid()}")
-  _write_synced(partial, json.dumps(found).encode())
-  partial.replace(record)
+  with _explained(record.parent):
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(f".{os.getpid()}")
+    writing.write_synced(partial, json.dumps(found).encode())
+    partial.replace(record)
   return found

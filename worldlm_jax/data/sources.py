@@ -37,23 +37,32 @@ class Choice(NamedTuple):
   """Some of the documents of a base."""
 
   base: Base
-  accepts: Callable[[documents.Document], bool]
+  accepts: Callable[[documents.Document, int], bool]  # of a document and its digest
 
 
 def choices(source: config.Source) -> list[Choice]:
   """Which documents of which bases make up a source, in the order in which they are taken."""
   if isinstance(source, config.Tagged):
-    return [Choice(source.source, lambda document: document.tag == source.tag)]
+    return [Choice(source.source, lambda document, digest: document.tag == source.tag)]
   if isinstance(source, config.Share):
     return [
       Choice(c.base, _both(c.accepts, functools.partial(_falls_to, source, label)))
-      for label, inner in source.sources.items() for c in choices(inner)
+      for label, inner in sorted(source.sources.items()) for c in choices(inner)
     ]
   if isinstance(source, config.Swapped):
     swapped = functools.partial(_is_swapped, source.share, source.seed)
-    kept = [Choice(c.base, _both(c.accepts, lambda document: not swapped(document))) for c in choices(source.own)]
+    stays = lambda document, digest: not swapped(document, digest)
+    kept = [Choice(c.base, _both(c.accepts, stays)) for c in choices(source.own)]
     return kept + [Choice(c.base, _both(c.accepts, swapped)) for c in choices(source.other)]
-  return [Choice(source, lambda document: True)]
+  return [Choice(source, lambda document, digest: True)]
+
+
+def remedy(source: config.Source) -> str:
+  """What to do where a source has no document for a split."""
+  if isinstance(source, config.Share):
+    return "too little of the text falls to this leaf: set larger partition.alphas, another seed, or fewer leaves"
+  return ("give it more text: documents of a .txt file are separated by blank lines, and files named train, valid and "
+          "test must each hold some")
 
 
 def name(base: Base) -> str:
@@ -74,11 +83,13 @@ def identity(source: Any, fingerprints: Mapping[str, str]) -> Any:
   return fingerprints[name(source)] if isinstance(source, Base) else source
 
 
-def _both(first: Callable[[Any], bool], second: Callable[[Any], bool]) -> Callable[[Any], bool]:
-  return lambda document: first(document) and second(document)
+def _both(
+  first: Callable[[documents.Document, int], bool], second: Callable[[documents.Document, int], bool]
+) -> Callable[[documents.Document, int], bool]:
+  return lambda document, digest: first(document, digest) and second(document, digest)
 
 
-def _falls_to(share: config.Share, label: str, document: documents.Document) -> bool:
+def _falls_to(share: config.Share, label: str, document: documents.Document, digest: int) -> bool:
   """Whether a document goes down the tree to the share's leaf: at each node to the child that its hash points to.
 
   The proportions of a label among a node's children are those of `Partition`; the hash decides within them,
@@ -86,7 +97,7 @@ def _falls_to(share: config.Share, label: str, document: documents.Document) -> 
   """
   for depth, child in enumerate(share.leaf):
     ends = _proportion_ends(share.seed, share.leaf[:depth], label, share.branching[depth], share.alphas[depth])
-    where = _uniform(document.text, share.seed, "share", *share.leaf[:depth])
+    where = _uniform(digest, share.seed, "share", *share.leaf[:depth])
     if np.searchsorted(ends, where, side="right") != child:
       return False
   return True
@@ -99,10 +110,10 @@ def _proportion_ends(seed: int, place: tuple[int, ...], label: str, children: in
   return np.cumsum(generator.dirichlet(np.full(children, alpha)))[:-1]
 
 
-def _is_swapped(share: float, seed: int, document: documents.Document) -> bool:
-  return _uniform(document.text, seed, "swap") < share
+def _is_swapped(share: float, seed: int, document: documents.Document, digest: int) -> bool:
+  return _uniform(digest, seed, "swap") < share
 
 
-def _uniform(text: str, *purpose: str | int) -> float:
-  """A number in [0, 1) that depends on the text and the purpose alone."""
-  return rngs.stable_int(*purpose, text) / 2**31
+def _uniform(digest: int, *purpose: str | int) -> float:
+  """A number in [0, 1) that depends on the document and the purpose alone."""
+  return rngs.stable_int(*purpose, digest) / 2**31

@@ -91,6 +91,9 @@ class HuggingFaceTokenizer:
     self.name = f"{Path(path).name}@{hashlib.sha256(content).hexdigest()[:8]}"
     self.vocab_size = max(vocabulary.values()) + 1  # ids need not be consecutive
     self.separator_id = vocabulary[separator]
+    checks.require(self.separator_id not in self.encode(separator), "config.data.tokenizer", path,
+                   f"{separator!r} to be a special token, but a text that spells it out contains it too",
+                   "add it with tokenizers.Tokenizer.add_special_tokens")
 
   def encode(self, text: str) -> np.ndarray:
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
