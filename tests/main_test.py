@@ -237,6 +237,7 @@ def test_text_that_is_too_short_is_named(tmp_path: Path) -> None:
    "'nodes_at_once', 'federation', 'node', 'model', 'data', 'optimizer', 'backbone', 'key_layers', 'evaluation', "
    "'checkpoint'; did you mean 'rounds'?"),
   (["--config.model.num_layers=2.5"], "error: flag --config.model.num_layers=2.5: invalid literal for int()"),
+  (["--config.federation.documents.subset=fr"], "error: Field subset not found on dataclass"),
   (["more"], "error: arguments=['more']: expected only flags; see --help"),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_mistakes_in_flags_are_bad_input(tmp_path: Path, arguments: list[str], message: str) -> None:

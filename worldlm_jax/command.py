@@ -22,8 +22,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     checks.require(not rest[1:], "arguments", rest[1:], "only flags", "see --help")
     _ = CONFIG.value.seed  # only now is a missing config file noticed
     return rest
-  except (flags.Error, ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
+  except (flags.Error, ValueError, OSError, KeyError) as error:  # a KeyError: a field of another kind of source
+    print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
     sys.exit(BAD_INPUT)
 
 

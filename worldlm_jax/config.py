@@ -198,7 +198,7 @@ class DataConfig:
   sequence_length: int = 128  # predicted tokens per window
   packing: str = "stream"  # stream: windows run on across documents | documents: each window is of one document
   document_mask: bool = False  # attention stays within the document (matters for packing=stream)
-  max_train_bytes: int = 0  # use at most this much of each node's training text; 0: all
+  max_train_bytes: int = 0  # train on a sample of each node's documents, at most so large; 0: on all of them
   invalid_utf8: str = "error"  # error | replace: what happens to bytes that are no UTF-8
   cache: str = ""  # folder of the tokenised texts; "": worldlm_jax in the user's cache folder
 

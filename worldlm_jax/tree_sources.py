@@ -92,7 +92,8 @@ def _tree_from_yaml(path: Path) -> Node:
       checks.fail(f"{path}: {where}", entry, "a mapping with the keys name, data, settings, children")
     for key in entry:
       checks.one_of(f"{path}: {where}: key", key, ("name", "data", "settings", "children"))
-    name = str(entry.get("name") or checks.fail(f"{path}: {where}: name", entry.get("name"), "a name"))
+    name = str(entry.get("name") or checks.fail(f"{path}: {where}: name", entry.get("name"), "a name",
+                                                "quote it if it is a word like no, which YAML takes for false"))
     here = f"{where} / {name}"
     children, settings = entry.get("children") or [], entry.get("settings") or {}
     data = entry.get("data")
