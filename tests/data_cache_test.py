@@ -166,11 +166,12 @@ def test_nodes_that_share_a_base_read_it_once_and_get_what_they_would_alone(
   a, b = _folder(tmp_path / "a"), _folder(tmp_path / "b", name="b")
   nodes = [(f"leaf{i}", config.Share({"a": a, "b": b}, (i,), (3,), (2.0,))) for i in range(3)]
   alone = {path: _content(_load(source, data)) for path, source in nodes}
-  reads = []
+  reads, opens = [], []
   opened = sources.open_base
 
   def counting(base: sources.Base, policy: str) -> documents.Corpus:
     corpus = opened(base, policy)
+    opens.append(base)
     return corpus._replace(documents=lambda: reads.append(base) or corpus.documents())
 
   monkeypatch.setattr(sources, "open_base", counting)
@@ -178,6 +179,7 @@ def test_nodes_that_share_a_base_read_it_once_and_get_what_they_would_alone(
   together = cache.load(nodes, data, BYTES, lambda line: None)
   assert {path: _content(text) for path, text in together.items()} == alone
   assert len(reads) == 2
+  assert len(opens) == 4  # once before and once after, to see that it has not changed
 
 
 @pytest.mark.parametrize("harm", ["truncate", "remove", "meta", "unlink meta"])

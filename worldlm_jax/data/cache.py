@@ -264,14 +264,14 @@ class _Making:
 
   def _check_unchanged(self, wanted: Sequence[_Wanted]) -> None:
     """What was read must be what the key was made of."""
-    for w in wanted:
-      for choice in w.choices:
-        if isinstance(choice.base, config.Files | config.Tfds):
-          before = self.opened[sources.name(choice.base)]
-          with _naming(w.path):
-            now = sources.open_base(choice.base, self.data.invalid_utf8).fingerprint
-            checks.require(now == before.fingerprint, "data", before.origin, "a text that stays as it is while it is "
-                           "read, but it has changed", "start again once nothing writes to it")
+    bases = {sources.name(c.base): (w.path, c.base) for w in wanted for c in w.choices}
+    for name, (path, base) in bases.items():
+      if isinstance(base, config.Files | config.Tfds):
+        before = self.opened[name]
+        with _naming(path):
+          now = sources.open_base(base, self.data.invalid_utf8).fingerprint
+          checks.require(now == before.fingerprint, "data", before.origin, "a text that stays as it is while it is "
+                         "read, but it has changed", "start again once nothing writes to it")
 
 
 def _listed(wanted: Sequence[_Wanted]) -> str:
