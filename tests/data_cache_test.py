@@ -261,6 +261,17 @@ def test_a_limit_takes_a_sample_that_grows_with_it(tmp_path: Path, data: config.
   assert {text[-1] for text in found[2]} == {"a", "b"}  # of both, however they are read
 
 
+def test_a_limit_takes_all_copies_of_a_document_or_none(tmp_path: Path, data: config.DataConfig) -> None:
+  assert documents.digest(b"rare") < documents.digest(b"same")
+  for name, text in (("train", "rare\n\n" * 9 + "same"), ("valid", "v"), ("test", "t")):
+    (tmp_path / f"{name}.txt").write_text(text)
+  for limit, expected in ((3, 1), (4, 1), (35, 1), (36, 9), (39, 9), (40, 10)):  # one at least, if need be cut
+    data.max_train_bytes = limit
+    train = _load(config.Files(str(tmp_path)), data).splits["train"]
+    assert train.counts.documents == expected
+    assert 0 < train.counts.text_bytes <= limit
+
+
 def test_the_order_of_a_text_does_not_depend_on_what_others_have(tmp_path: Path, data: config.DataConfig) -> None:
   def tagged(name: str, *extra: str) -> config.Tagged:
     rows = [{"text": f"{name} {i}", "tag": "n"} for i in range(99)] + [{"text": e, "tag": "other"} for e in extra]

@@ -59,9 +59,11 @@ def test_it_never_sees_valid_and_test(world: Path, tmp_path: Path) -> None:
 
 
 def test_bytes_per_node_are_limited(world: Path, tmp_path: Path) -> None:
-  (world / "law" / "train.txt").write_text("alpha\n\n" * 9 + "omega\n\n" * 9)
-  tokenizer.train(_config(world), tmp_path / "few.json", 600, max_bytes_per_node=20)
-  assert "alpha" in _vocabulary(tmp_path / "few.json") and "omega" not in _vocabulary(tmp_path / "few.json")
+  (world / "law" / "train.txt").write_text("\n\n".join(f"alpha alpha {i:06}" for i in range(200)))
+  tokenizer.train(_config(world), tmp_path / "few.json", 290, max_bytes_per_node=50)
+  few = _vocabulary(tmp_path / "few.json")
+  tokenizer.train(_config(world), tmp_path / "all.json", 290)
+  assert "alpha" in few & _vocabulary(tmp_path / "all.json") and few != _vocabulary(tmp_path / "all.json")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

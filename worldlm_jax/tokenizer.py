@@ -28,7 +28,7 @@ _OUT = flags.DEFINE_string("out", None, "The JSON file to write.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Size of the vocabulary, the separator included.")
 _FEDERATION = flags.DEFINE_string("federation", federation_lib.ROOT, "Only this node and what is below it.")
 _MAX_BYTES = flags.DEFINE_integer(
-  "max_bytes_per_node", 0, "Use at most this much of each node's text, so that no node outweighs the others; 0: all."
+  "max_bytes_per_node", 0, "Use a sample of each node's text, at most so large, so that none outweighs others; 0: all."
 )
 
 
@@ -66,9 +66,10 @@ def _train(
 ) -> dict[str, float]:
   members = [member for member in federation.members if member.data is not None]
   sources = [(member.path, member.data) for member in members if member.data is not None]
-  # The cache gives every node exactly the documents that it will train on, as bytes.
+  # The cache gives every node the documents that it will train on, or a sample of them, as bytes.
+  limit = min(filter(None, (config.data.max_train_bytes, max_bytes_per_node)), default=0)
   data = config_lib.DataConfig(
-    max_train_bytes=config.data.max_train_bytes, invalid_utf8=config.data.invalid_utf8, cache=config.data.cache
+    max_train_bytes=limit, invalid_utf8=config.data.invalid_utf8, cache=config.data.cache
   )
   texts = cache.load(sources, data, tokenizer_lib.ByteTokenizer(), print)
   used = [texts[member.path] for member in federation.subtree(path) if member.path in texts]
@@ -79,9 +80,7 @@ def _train(
     vocab_size=vocab_size, special_tokens=[SEPARATOR], show_progress=False,
     initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
   )
-  trained.train_from_iterator(
-    (document for text in used for document in _documents(text.splits["train"], max_bytes_per_node)), trainer
-  )
+  trained.train_from_iterator((document for text in used for document in _documents(text.splits["train"])), trainer)
   trained.save(str(partial))
   os.replace(partial, out)
   return bytes_per_token(tokenizer_lib.load(str(out)), texts)
@@ -113,7 +112,7 @@ def main(_: list[str]) -> int:
   return command.OK
 
 
-def _documents(split: cache.Split, max_bytes: int) -> Iterator[str]:
+def _documents(split: cache.Split, max_bytes: int = 0) -> Iterator[str]:
   """The documents of a split of bytes, whole ones, until `max_bytes` are reached; 0 means all."""
   taken = 0
   for i, start in enumerate(split.starts):

@@ -43,19 +43,24 @@ class TrainLimit:
 
   def add(self, document: documents.Document, encoded: bytes, digest: int, part: int) -> None:
     """Sees a document, once for all."""
-    if (document.split or self._bounds.split_of(digest)) != "train" or digest >= self._end:
+    if not document.text.strip() or (document.split or self._bounds.split_of(digest)) != "train":
+      return
+    if digest >= self._end:
       return
     heapq.heappush(self._taken, (-digest, len(encoded)))
     self._total += len(encoded)
-    while self._total > self.max_bytes:
+    # Copies of a document have the same digest: all of them are taken, or none.
+    while self._taken and (self._total > self.max_bytes or -self._taken[0][0] >= self._end):
       largest, size = heapq.heappop(self._taken)
       self._end, self._total = -largest, self._total - size
 
-  def most_bytes(self, digest: int) -> int:
-    """How much of a training document is taken; 2**64 for all of it."""
-    if digest < self._end:
-      return 2**64
-    return self.max_bytes if not self._taken and digest == self._end else 0
+  def takes(self, digest: int) -> bool:
+    """Whether a training document is taken."""
+    return digest < self._end
+
+  def begins_with(self, digest: int) -> bool:
+    """Whether nothing is taken whole, and this document is the one of which the beginning is."""
+    return not self._taken and digest == self._end
 
 
 class Writer:
@@ -90,13 +95,12 @@ class Writer:
         self._second = digest
     split = document.split or self._bounds.split_of(digest)
     if split == "train" and self._limit:
-      most = self._limit.most_bytes(digest)
-      if not most or self._cut:
-        return
-      if most < len(encoded):
+      if self._limit.begins_with(digest) and not self._cut:
         self._cut = True
-        encoded = encoded[:most].decode(errors="ignore").encode()
-        document = document._replace(text=encoded.decode())
+        text = encoded[: self._limit.max_bytes].decode(errors="ignore")
+        document, encoded = document._replace(text=text), text.encode()
+      elif not self._limit.takes(digest):
+        return
     self._splits[split][part].add(document, len(encoded), digest)
 
   def finish(self, origin: str, remedy: str, final: Path) -> documents.SplitBounds:
