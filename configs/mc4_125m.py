@@ -1,7 +1,7 @@
 """Languages of mC4 as a federation of language families, 125M parameters for each node.
 
   bash launch/prepare.sh --corpus=mc4 --out=data/mc4 --max_bytes_per_node=500_000_000
-  python -m worldlm_jax.tokenizer --config=configs/mc4_125m.py --config.data.max_train_bytes=20000000 \\
+  python -m worldlm_jax.tokenizer --config=configs/mc4_125m.py --config.node.max_train_bytes=20000000 \\
       --vocab_size=50432 --out=data/mc4.json
   python -m worldlm_jax.main --config=configs/mc4_125m.py --workdir=runs/mc4_125m
 
@@ -23,9 +23,11 @@ def get_config() -> c.Config:
   return c.Config(
     rounds=48,
     federation=c.FederationConfig(folder="data/mc4"),
-    node=c.NodeSettings(local_steps=100, batch_size=8, learning_rate=6e-4, warmup_steps=100),
+    node=c.NodeSettings(
+      local_steps=100, batch_size=8, learning_rate=6e-4, warmup_steps=100, max_train_bytes=350_000_000
+    ),
     model=model.PRESETS["125m"](),
-    data=c.DataConfig(tokenizer="data/mc4.json", sequence_length=2048, max_train_bytes=350_000_000),
+    data=c.DataConfig(tokenizer="data/mc4.json", sequence_length=2048),
     optimizer=c.OptimizerConfig(microbatch_size=4),
     evaluation=c.EvaluationConfig(valid_windows=32, test_windows=256),
   )

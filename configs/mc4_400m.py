@@ -1,7 +1,7 @@
 """Languages of mC4 as a federation of language families, 400M parameters for each node.
 
   bash launch/prepare.sh --corpus=mc4 --out=data/mc4 --max_bytes_per_node=500_000_000
-  python -m worldlm_jax.tokenizer --config=configs/mc4_400m.py --config.data.max_train_bytes=20000000 \\
+  python -m worldlm_jax.tokenizer --config=configs/mc4_400m.py --config.node.max_train_bytes=20000000 \\
       --vocab_size=50432 --out=data/mc4.json
   python -m worldlm_jax.main --config=configs/mc4_400m.py --workdir=runs/mc4_400m
 

@@ -23,9 +23,11 @@ def get_config() -> c.Config:
   return c.Config(
     rounds=28,
     federation=c.FederationConfig(folder="data/pile"),
-    node=c.NodeSettings(local_steps=100, batch_size=16, learning_rate=6e-4, warmup_steps=100),
+    node=c.NodeSettings(
+      local_steps=100, batch_size=16, learning_rate=6e-4, warmup_steps=100, max_train_bytes=400_000_000
+    ),
     model=model.PRESETS["75m"](),
-    data=c.DataConfig(tokenizer="data/gpt-neox.json", sequence_length=2048, max_train_bytes=400_000_000),
+    data=c.DataConfig(tokenizer="data/gpt-neox.json", sequence_length=2048),
     optimizer=c.OptimizerConfig(microbatch_size=4),
     evaluation=c.EvaluationConfig(valid_windows=32, test_windows=256),
   )

@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from worldlm_jax import (
+  algorithms,
   config as config_lib,
   engine as engine_lib,
   federation as federation_lib,
@@ -44,7 +46,10 @@ def tiny_config(root: config_lib.Node, **key_layers: Any) -> config_lib.Config:
     optimizer=config_lib.OptimizerConfig(epsilon=1e-3),
   )
   config.federation.root = root
-  config.node = config_lib.NodeSettings(local_steps=2, batch_size=2, learning_rate=0.01, warmup_steps=1)
+  config.node = config_lib.NodeSettings(
+    local_steps=2, batch_size=2, learning_rate=0.01, warmup_steps=1,
+    backbone_independence=0.0, key_layer_independence=math.inf,  # shared for ever, and never
+  )
   return config
 
 
@@ -59,6 +64,11 @@ def windows_of(path: str, step: int) -> np.ndarray:
   return np.random.default_rng(seed).integers(0, VOCAB, (MAX_BATCH, 8)).astype(np.int32)
 
 
+def text_tokens_of(path: str) -> int:
+  """How much text a node has, as far as weights and epochs go; its batches come from `windows_of`."""
+  return 40 + sum(path.encode()) % 97
+
+
 @dataclasses.dataclass
 class Harness:
   """Runs rounds of the engine, and of the oracle, on the same synthetic batches."""
@@ -68,14 +78,20 @@ class Harness:
   former: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> the path whose text the node has
 
   def __post_init__(self) -> None:
-    self.federation = federation_lib.resolve(self.config)
-    self.arch = model.architecture(self.config.model, VOCAB)
+    self.config = algorithms.adapted(self.config)
+    self.federation = algorithms.arranged(self.config, federation_lib.resolve(self.config))
+    self.arch = model.architecture(self.config.model, VOCAB, num_key_layers=algorithms.num_key_layers(self.config))
+    self.text_tokens = {m.path: text_tokens_of(self.former.get(m.path, m.path)) for m in self.federation.members
+                        if m.data}
     mesh = partition.make_mesh(jax.devices()[: self.num_devices])
     self.validation = {
       m.path: windows_of("validation of " + self.former.get(m.path, m.path), 0)
       for m in self.federation.members if m.data
     }
-    self.engine = engine_lib.Engine(self.config, self.federation, self.arch, mesh, self._validation_arrays())
+    self.engine = engine_lib.Engine(
+      self.config, self.federation, self.arch, mesh, algorithms.make(self.config, self.arch, self.federation),
+      self.text_tokens, self._validation_arrays(),
+    )
     self.state = self.engine.init()
     self.logs: list[tuple[str, int, Any]] = []
     self.positions = dict.fromkeys((m.path for m in self.federation.members), 0)
@@ -99,7 +115,7 @@ class Harness:
     taken = [self.positions[m.path] for m in members]
     for m, active in zip(members, step.active, strict=True):
       self.positions[m.path] += int(active) * m.settings.local_steps
-    most, batch, _ = feed.workload_shape(self.federation, self.config.optimizer.microbatch_size, 7)
+    most, batch, _ = feed.workload_shape(self.federation, step.level, self.config.optimizer.microbatch_size, 7)
     texts = [self.former.get(m.path, m.path) for m in members]
     windows = np.array([[windows_of(text, taken[i] + s) for s in range(most)] for i, text in enumerate(texts)])
     windows = np.pad(windows, [(0, 0), (0, 0), (0, max(0, batch - MAX_BATCH)), (0, 0)])[:, :, :batch]
@@ -110,6 +126,7 @@ class Harness:
       np.array([m.settings.batch_size for m in members], np.int32),
       np.array([m.settings.weight_decay for m in members], np.float32),
       np.array([m.settings.clip_norm for m in members], np.float32),
+      np.array([self.text_tokens.get(m.path, 0) for m in members], np.float32),
     )
 
   def round(self, index: int, stage: int | None = None, absent: Collection[str] = ()) -> None:
@@ -129,7 +146,7 @@ class Harness:
     """The oracle with the same start, batches and rates."""
     params = jax.device_get(jax.tree.map(lambda leaf: leaf[0], self.engine.init()[0].params))
     return oracle_lib.Oracle(
-      self.config, self.federation, self.arch, params, windows_of, self.rate, self.validation
+      self.config, self.federation, self.arch, params, windows_of, self.rate, self.text_tokens, self.validation
     )
 
   def params(self) -> dict[str, model.Params]:

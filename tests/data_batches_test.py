@@ -128,8 +128,9 @@ def folder(tmp_path):
   return config.Files(str(tmp_path))
 
 
-def _load(source, spec=_BYTES, path="world/a", **data):
-  return batches.load([(path, source)], config.DataConfig(**({"sequence_length": 5} | data)), spec)[path]
+def _load(source, spec=_BYTES, path="world/a", limit=0, **data):
+  made = config.DataConfig(**({"sequence_length": 5} | data))
+  return batches.load([(path, source)], made, spec, max_train_bytes={path: limit})[path]
 
 
 def test_text_of_a_node(folder):
@@ -152,12 +153,12 @@ def test_packing_by_documents(folder):
 
 
 def test_max_train_bytes_cuts_train_alone(folder, tmp_path):
-  cut = _load(folder, max_train_bytes=17)
+  cut = _load(folder, limit=17)
   sizes = [cut.text.splits[split].counts.text_bytes for split in documents.SPLITS]
   assert 0 < sizes[0] <= 17 and sizes[1:] == [8, 11]
   # A document that is longer by itself is cut between two characters.
   (tmp_path / "train.txt").write_text("aé" * 9, encoding="utf-8")
-  assert _load(folder, max_train_bytes=8).train.tokens.tolist() == [256, *"aéaéa".encode()[:7]]
+  assert _load(folder, limit=8).train.tokens.tolist() == [256, *"aéaéa".encode()[:7]]
 
 
 def test_digest_changes_with_text_and_tokenizer_only(folder, tmp_path):
@@ -167,7 +168,7 @@ def test_digest_changes_with_text_and_tokenizer_only(folder, tmp_path):
   first = _load(folder).digest
   assert len(first) == 16 and int(first, 16)
   assert _load(folder, path="world/b").digest == _load(folder, sequence_length=7).digest == first
-  changed = [_load(folder, Renamed()).digest, _load(folder, max_train_bytes=17).digest]
+  changed = [_load(folder, Renamed()).digest, _load(folder, limit=17).digest]
   for name in documents.SPLITS:
     file = tmp_path / f"{name}.txt"
     file.write_text(file.read_text(encoding="utf-8") + "!", encoding="utf-8")
@@ -180,8 +181,8 @@ def test_split_shorter_than_a_window(folder):
                                        r"the valid split has 9 tokens and one window takes 12; set .* more text$"):
     _load(folder, sequence_length=11)
   _load(folder, sequence_length=8)  # the limit it names
-  with pytest.raises(ValueError, match=r"train split has 3 tokens .* more text \(config.data.max_train_bytes\)$"):
-    _load(folder, max_train_bytes=2)
+  with pytest.raises(ValueError, match=r"train split has 3 .* more text \(--node=world/a.max_train_bytes=...\)$"):
+    _load(folder, limit=2)
 
 
 def test_load_all(folder):

@@ -32,8 +32,8 @@ def data(tmp_path: Path) -> config.DataConfig:
   return config.DataConfig(cache=str(tmp_path / "cache"))
 
 
-def _load(source: config.Source, data: config.DataConfig, spec: Any = BYTES) -> cache.Text:
-  return cache.load([("node", source)], data, spec, lambda line: None)["node"]
+def _load(source: config.Source, data: config.DataConfig, spec: Any = BYTES, limit: int = 0) -> cache.Text:
+  return cache.load([("node", source)], data, spec, lambda line: None, {"node": limit})["node"]
 
 
 def _texts(split: cache.Split) -> list[str]:
@@ -152,8 +152,7 @@ def test_the_key_follows_content_tokenizer_and_choices(tmp_path: Path, data: con
   _load(config.Swapped(a, b, 0.5), data)
   _load(config.Swapped(a, b, 0.25), data)
   _load(config.Swapped(a, b, 0.5, seed=1), data)
-  data.max_train_bytes = 100
-  _load(a, data)
+  _load(a, data, limit=100)
   assert len(_made(data)) == 6
   _folder(tmp_path / "a", 200)
   _load(a, data)
@@ -253,8 +252,7 @@ def test_a_limit_takes_a_sample_that_grows_with_it(tmp_path: Path, data: config.
   a, b = _folder(tmp_path / "a"), _folder(tmp_path / "b", name="b")
   found: list[set[str]] = []
   for limit in (300, 600, 1200):
-    data.max_train_bytes = limit
-    text = _load(config.Swapped(a, b, 0.5), data)
+    text = _load(config.Swapped(a, b, 0.5), data, limit=limit)
     found.append(set(_content(text)["train"]))
     assert limit - 20 < text.splits["train"].counts.text_bytes <= limit
   assert found[0] < found[1] < found[2]
@@ -266,10 +264,23 @@ def test_a_limit_takes_all_copies_of_a_document_or_none(tmp_path: Path, data: co
   for name, text in (("train", "rare\n\n" * 9 + "same"), ("valid", "v"), ("test", "t")):
     (tmp_path / f"{name}.txt").write_text(text)
   for limit, expected in ((3, 1), (4, 1), (35, 1), (36, 9), (39, 9), (40, 10)):  # one at least, if need be cut
-    data.max_train_bytes = limit
-    train = _load(config.Files(str(tmp_path)), data).splits["train"]
+    train = _load(config.Files(str(tmp_path)), data, limit=limit).splits["train"]
     assert train.counts.documents == expected
     assert 0 < train.counts.text_bytes <= limit
+
+
+def test_nodes_that_share_a_text_have_limits_of_their_own(tmp_path: Path, data: config.DataConfig) -> None:
+  source = _folder(tmp_path / "texts")
+  limits = {"none": 0, "much": 900, "little": 90}
+  alone = {path: _load(source, data, limit=limit) for path, limit in limits.items()}
+  data.cache = str(tmp_path / "together")
+  together = cache.load([(path, source) for path in [*limits, "unsaid"]], data, BYTES, lambda line: None, limits)
+  for path, text in together.items():
+    assert text.digest == alone["none" if path == "unsaid" else path].digest
+  assert len(_made(data)) == 3
+  sizes = {path: text.splits["train"].counts.text_bytes for path, text in together.items()}
+  assert 0 < sizes["little"] <= 90 < sizes["much"] <= 900 < sizes["none"] == sizes["unsaid"]
+  assert len({str(_content(text)["test"]) for text in together.values()}) == 1
 
 
 def test_the_order_of_a_text_does_not_depend_on_what_others_have(tmp_path: Path, data: config.DataConfig) -> None:

@@ -321,7 +321,7 @@ def test_a_trained_model_comes_close_to_the_floor_and_stays_above(monkeypatch):
   excess = []
   for windows_SxBxW, rates_S in works:
     counts = np.int32(len(rates_S)), np.int32(batch)
-    done = train(params, opt_state, local.Workload(windows_SxBxW, rates_S, *counts, np.float32(0), np.float32(1)))
+    done = train(params, opt_state, local.Workload(windows_SxBxW, rates_S, *counts, *np.float32([0, 1, 1])))
     params, opt_state = done.params, done.opt_state
     loss_nats = sum(float(test(params, part)) for part in np.array_split(test_WxL, 4))
     assert loss_nats > floor_nats - 20

@@ -41,7 +41,7 @@ def check_against_oracle(rounds, config, num_rounds=2, absent=(), atol=2e-5):
 @pytest.mark.parametrize("key_layers", [
   {"values": "layers", "similarity": "param_cosine"},
   {"values": "layers", "similarity": "scaled_dot", "granularity": "tensor"},
-  {"values": "layers", "similarity": "centered_cosine", "prior": "tokens"},
+  {"values": "layers", "similarity": "centered_cosine", "prior": "weights"},
   {"values": "layers", "similarity": "update_cosine", "granularity": "all", "residuals_per_layer": 2},
   {"values": "layers", "similarity": "validation_loss", "residuals_received": 2},
   {"values": "updates", "update_threshold": -0.2},

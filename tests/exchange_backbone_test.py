@@ -149,7 +149,7 @@ def sgd_step():
 
   def train(windows_1xBxW, batch_size):
     rate, no_decay, no_clip = np.array([0.5], np.float32), np.float32(0), np.float32(np.inf)
-    work = local.Workload(windows_1xBxW, rate, np.int32(1), batch_size, no_decay, no_clip)
+    work = local.Workload(windows_1xBxW, rate, np.int32(1), batch_size, no_decay, no_clip, np.float32(1))
     return train_node(params, local.optimizer(sgd).init(params), work).params
 
   return train, params

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from worldlm_jax import config as c, federation as f
+from worldlm_jax import config as c, federation as f, schedule
 
 TEXT = c.Files("unread")
 Overrides = dict[str, dict[str, Any]]
@@ -74,7 +74,39 @@ def test_a_root_alone_is_a_tree() -> None:
   (".", "law", False), ("law", "law/eu", False), ("a/law", "law", False),
 ])
 def test_is_within(path: str, ancestor: str, within: bool) -> None:
-  assert f.is_within(path, ancestor) == within
+  law = c.Node("law", None, [c.Node("eu", TEXT)])
+  tree = _resolve(c.Node("world", None, [law, c.Node("lawyers", TEXT), c.Node("a", None, [c.Node("law", TEXT)])]))
+  assert tree.is_within(path, ancestor) == within
+
+
+def _numbered(**settings) -> f.Federation:
+  """A tree with text at an inner node and at the root: (path, local_steps, batch_size)."""
+  far = c.Node("far", TEXT, [c.Node("off", TEXT, settings={"local_steps": 3})], {"rounds_per_parent_round": 2})
+  return _resolve(c.Node("world", TEXT, [far, c.Node("near", TEXT, settings={"batch_size": 5})]))
+
+
+def test_a_flattened_tree_has_every_text_and_as_many_steps() -> None:
+  tree = _numbered()
+  flat = f.flattened(tree)
+  assert [m.path for m in flat.levels[1]] == [".", "far", "near", "far/off"] and len(flat.levels) == 2
+  assert flat.root.path == ".." and not flat.root.trains and {m.parent for m in flat.levels[1]} == {".."}
+  steps = schedule.steps_per_round(tree, None)
+  assert schedule.steps_per_round(flat, None) == steps | {"..": 0} and steps["far/off"] == 6
+  assert not flat.is_within("far/off", "far") and flat.is_within("far/off", "..")
+
+
+def test_a_pool_takes_as_many_windows_as_its_members() -> None:
+  flat = f.pooled(_numbered())
+  windows = sum(m.settings.local_steps * m.settings.batch_size for m in flat.levels[1])
+  root = flat.root.settings
+  assert flat.root.trains and root.batch_size == 8
+  assert (root.local_steps - 1) * root.batch_size < windows <= root.local_steps * root.batch_size
+  kinds = [(step.kind, step.level) for step in schedule.round_steps(flat, None)]
+  assert kinds == [("down", 0), ("down", 1), ("train", 0)]  # the nodes are scored before the pool goes on
+  last = [(step.kind, step.level) for step in schedule.round_steps(flat, None, last=True)]
+  assert last == [("down", 0), ("down", 1), ("train", 1), ("train", 0)]
+  assert schedule.first_positions(flat, 4) == {".": 60, "far": 60, "near": 60, "far/off": 18}
+  assert schedule.stages(flat, "sequential") == [None]
 
 
 @st.composite

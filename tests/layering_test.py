@@ -13,12 +13,14 @@ from worldlm_jax import config
 
 PACKAGE = Path(worldlm_jax.__file__).parent
 LAYERS = (
-  ("trees", "checks"),
+  ("trees", "checks", "plain"),
   ("config", "rngs", "validation"),
-  ("model", "data", "federation", "partition", "metrics", "progress", "tree_sources"),
+  ("model", "data", "federation", "partition", "metrics", "progress", "signals", "tree_sources", "watching"),
   ("local", "exchange", "scoring", "schedule"),
   ("state", "algorithms", "oracle"),
-  ("checkpoint", "engine", "feed", "records", "train", "workdir"),
+  ("checkpoint", "engine", "fairness", "feed", "matrix", "records", "train", "workdir"),
+  ("comparison", "comparison_tables", "entries", "verdicts"),
+  ("reporting",),
   ("command", "main", "compare", "prepare", "report", "evaluate", "export", "generate", "tokenizer"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

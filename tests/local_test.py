@@ -45,7 +45,8 @@ def start():
 def work_of(seed=0, steps=S, batch_size=3, weight_decay=0.3, clip_norm=0.5):
   windows = np.random.default_rng(seed).integers(0, VOCAB, (S, B, W)).astype(np.int32)
   return local.Workload(
-    windows, RATES, np.int32(steps), np.int32(batch_size), np.float32(weight_decay), np.float32(clip_norm)
+    windows, RATES, np.int32(steps), np.int32(batch_size), np.float32(weight_decay), np.float32(clip_norm),
+    np.float32(1),
   )
 
 

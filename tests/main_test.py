@@ -85,7 +85,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path,
 @pytest.mark.slow
 def test_a_run_writes_its_files_and_a_closing_table(finished: tuple[list[str], Path, str]) -> None:
   _, workdir, output = finished
-  assert {file.name for file in workdir.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "summary.json"}
+  assert {file.name for file in workdir.iterdir()} == {
+    "checkpoints", "config.json", "metrics.jsonl", "summary.json", "tensorboard"
+  }
   assert len(list((workdir / "checkpoints").iterdir())) == 2
   for expected in ("3 nodes in 2 levels (1, 2), 2 with text", "round 2/2", "test split", f"see {workdir}"):
     assert expected in output
@@ -145,7 +147,7 @@ def test_the_summary_adds_up(finished: tuple[list[str], Path, str]) -> None:
   workdir = finished[1]
   rows, summary = _rows(workdir), json.loads((workdir / "summary.json").read_text(), parse_constant=pytest.fail)
   assert summary.keys() == {
-    "nodes", "tree", "tokens", "bytes_down", "bytes_up", "seconds", "waiting_for_data_share", "duplicates"
+    "nodes", "tree", "tokens", "bytes_down", "bytes_up", "seconds", "waiting_for_data_share", "duplicates", "matrix", "fairness"
   }
   nodes = summary["nodes"]
   assert list(nodes) == [".", "law", "medicine"]
@@ -233,9 +235,9 @@ def test_text_that_is_too_short_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-  (["--config.rouns=3"], "error: --config.rouns: field='rouns': expected one of 'seed', 'rounds', 'schedule', "
+  (["--config.rouns=3"], "error: --config.rouns: field='rouns': expected one of 'algorithm', 'seed', 'rounds', 'schedule', "
    "'nodes_at_once', 'federation', 'node', 'model', 'data', 'optimizer', 'backbone', 'key_layers', 'evaluation', "
-   "'checkpoint'; did you mean 'rounds'?"),
+   "'checkpoint', 'logging'; did you mean 'rounds'?"),
   (["--config.model.num_layers=2.5"], "error: flag --config.model.num_layers=2.5: invalid literal for int()"),
   (["--config.federation.documents.subset=fr"], "error: Field subset not found on dataclass"),
   (["more"], "error: arguments=['more']: expected only flags; see --help"),

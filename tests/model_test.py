@@ -268,7 +268,7 @@ def test_initial_parameters_have_the_documented_spread():
     if "norm" in name:
       np.testing.assert_array_equal(leaf, np.ones_like(leaf))
     else:
-      spread = 0.02 / math.sqrt(2 * L) if "attention_out" in name or "down" in name else 0.02
+      spread = math.sqrt(0.4 / D) / (math.sqrt(2 * L) if "attention_out" in name or "down" in name else 1)
       np.testing.assert_allclose(leaf.std(), spread, rtol=0.15, err_msg=name)
       assert abs(leaf.mean()) < 0.2 * spread
   kernels = join(params)["query"]["kernel"]

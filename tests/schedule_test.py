@@ -142,7 +142,7 @@ def test_a_node_trains_as_often_as_its_ancestors_multiply(root: c.Node) -> None:
 def test_absent_nodes_change_nothing_for_the_others(root: c.Node, data: st.DataObject) -> None:
   tree = _resolve(root)
   absent = data.draw(st.sets(st.sampled_from([m.path for m in tree.members])))
-  gone = {m.path for m in tree.members if any(f.is_within(m.path, path) for path in absent)}
+  gone = {m.path for m in tree.members if any(tree.is_within(m.path, path) for path in absent)}
   everybody = _trainings(tree)
   assert _trainings(tree, None, absent) == {path: n for path, n in everybody.items() if path not in gone}
   for step in schedule.round_steps(tree, None, absent):

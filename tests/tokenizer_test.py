@@ -66,6 +66,15 @@ def test_bytes_per_node_are_limited(world: Path, tmp_path: Path) -> None:
   assert "alpha" in few & _vocabulary(tmp_path / "all.json") and few != _vocabulary(tmp_path / "all.json")
 
 
+def test_it_learns_from_what_the_nodes_train_on(world: Path, tmp_path: Path) -> None:
+  (world / "law" / "train.txt").write_text("\n\n".join(f"statute {i:06}" for i in range(200)))
+  config = _config(world)
+  config.federation.overrides = {"law": {"max_train_bytes": 3}}  # not even a word
+  tokenizer.train(config, tmp_path / "few.json", 290)
+  assert "lambda" in _vocabulary(tmp_path / "few.json")
+  assert "statute" not in _vocabulary(tmp_path / "few.json")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
   ((256,), "--vocab_size=256: expected at least 257: every byte and a separator"),
   ((400, "lw"), r"--federation='lw': expected one of '.', 'code', 'law', 'code/python'; did you mean 'law'"),

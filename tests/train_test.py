@@ -82,7 +82,7 @@ def tiny_run(texts: str, schedule: str = "parallel") -> config_lib.Config:
     node=config_lib.NodeSettings(local_steps=2, batch_size=3, warmup_steps=1),
     model=config_lib.ModelConfig(num_layers=3, d_model=12, num_heads=3, num_kv_heads=1, d_ff=17, key_layer_share=0.6),
     data=config_lib.DataConfig(sequence_length=13),
-    evaluation=config_lib.EvaluationConfig(valid_windows=3, test_windows=5),
+    evaluation=config_lib.EvaluationConfig(valid_windows=3, test_windows=5, matrix_windows=5),
   )
 
 
@@ -164,7 +164,7 @@ def flag_lines(texts: str) -> list[str]:
     "config.node.batch_size=3", "config.node.warmup_steps=1", "config.model.num_layers=3", "config.model.d_model=12",
     "config.model.num_heads=3", "config.model.num_kv_heads=1", "config.model.d_ff=17",
     "config.model.key_layer_share=0.6", "config.data.sequence_length=13", "config.evaluation.valid_windows=3",
-    "config.evaluation.test_windows=5",
+    "config.evaluation.test_windows=5", "config.evaluation.matrix_windows=5",
   ]
 
 
@@ -364,6 +364,83 @@ def test_the_summary_adds_up(finished):
   assert set(summary["nodes"]["b"]["subtree"]["received"]["mean"]) == {"loss_nats", "perplexity", "bits_per_byte"}
 
 
+def test_every_model_is_scored_on_every_text_at_the_end(finished):
+  summary = json.loads((finished / "summary.json").read_text())
+  found = summary["matrix"]
+  assert found["models"] == [".", "a", "a/p", "a/q", "b", "b/r", "b/s"]
+  assert found["corpora"] == [".", "a", "a/p", "a/q", "b/r", "b/s"]
+  assert np.shape(found["perplexity"]) == (7, 6) and np.isfinite(found["perplexity"]).all()
+  for path in ("a/p", "a/q", "b/r", "b/s"):  # nothing has changed leaves since they trained
+    own = found["perplexity"][found["models"].index(path)][found["corpora"].index(path)]
+    assert own == pytest.approx(summary["nodes"][path]["personalised"]["perplexity"])
+
+
+def test_no_windows_no_matrix(texts, finished, tmp_path):
+  workdir, config = tmp_path / "run", tiny_run(texts)
+  shutil.copytree(finished, workdir)
+  (workdir / "summary.json").unlink()
+  shutil.rmtree(workdir / "tensorboard")
+  record = json.loads((workdir / "config.json").read_text())
+  record["config"]["evaluation"]["matrix_windows"] = config.evaluation.matrix_windows = 0
+  (workdir / "config.json").write_text(json.dumps(record))
+  config.logging.tensorboard = False
+  assert train.run(config, workdir)["matrix"] is None
+  assert not (workdir / "tensorboard").exists()
+
+
+class Watched:
+  """Stands in for the watchers, and keeps what they are told."""
+
+  def __init__(self, logging, workdir, config, first_round, seconds, report):
+    self.told, self.closed, self.first_round, self.seconds = [], 0, first_round, dict(seconds)
+    assert config == json.loads((workdir / "config.json").read_text())["config"]
+
+  def round(self, index, rows, seconds):
+    self.told.append((index, list(rows.values()), dict(seconds)))
+
+  def close(self):
+    self.closed += 1
+
+
+def test_watchers_see_each_round_and_are_closed_whatever_happens(texts, finished, tmp_path, monkeypatch):
+  made = []
+  monkeypatch.setattr(train.watching, "Watchers", lambda *arguments: made.append(Watched(*arguments)) or made[-1])
+  train.run(tiny_run(texts), finished)  # nothing left to see
+  assert made == []
+  workdir = tmp_path / "run"
+  stop_before_the_last_round(finished, workdir)
+  train.run(tiny_run(texts), workdir)
+  rows = [row for row in metrics.read_jsonl(workdir / "metrics.jsonl") if row["round"] == ROUNDS - 1]
+  ((index, seen, seconds),) = made[0].told
+  assert (made[0].first_round, index, made[0].closed) == (ROUNDS - 1, ROUNDS - 1, 1)
+  assert json.loads(json.dumps(seen)) == rows
+  assert seconds["training"] > made[0].seconds["training"] > 0
+  stop_before_the_last_round(finished, tmp_path / "bad")
+
+  def fail(*_):
+    raise FloatingPointError
+
+  monkeypatch.setattr(train._Run, "_round", fail)
+  with pytest.raises(FloatingPointError):
+    train.run(tiny_run(texts), tmp_path / "bad")
+  assert (made[1].told, made[1].closed) == ([], 1)
+
+
+def test_a_nodes_own_limit_reaches_its_text(texts, tmp_path, monkeypatch):
+  config, loaded, load = tiny_run(texts), {}, train.batches_lib.load
+  config.federation.overrides = {"a": {"max_train_bytes": "300"}, "a/q": {"max_train_bytes": 200}}
+
+  def load_and_stop(*arguments):
+    loaded.update(load(*arguments))
+    raise InterruptedError
+
+  monkeypatch.setattr(train.batches_lib, "load", load_and_stop)
+  with pytest.raises(InterruptedError):
+    train.run(config, tmp_path / "run")
+  sizes = {path: text.text.splits["train"].counts.text_bytes for path, text in loaded.items()}
+  assert {path: size for path, size in sizes.items() if size <= 300} == {"a": 300, "a/p": 300, "a/q": 200}
+
+
 def test_levels_without_text_exchange_too_when_nodes_judge_by_their_validation_batch(texts, tmp_path):
   leaves = [config_lib.Node(name, config_lib.Files(f"{texts}/a/{name}")) for name in ("p", "q")]
   config = tiny_run(texts)
@@ -381,6 +458,7 @@ def test_the_summary_says_what_the_texts_hold(texts, finished):
   assert data["train"] == {"documents": 1, "text_bytes": size, "tokens": size + 1, "replaced": 0, "empty": 0}
   test = data["test"]
   assert data["bytes_per_token"] == test["text_bytes"] / test["tokens"]
+  assert data["compressor"]["name"] == "xz" and 0 < data["compressor"]["bits_per_byte"] < 8
   assert json.loads((finished / "summary.json").read_text())["duplicates"] == []
 
 

@@ -21,7 +21,8 @@ def _describe(folder: str = "texts", digest: str = "1234", rounds: int = 3, **se
 def _run_in(path: Path) -> dict[str, str]:
   """Claims the folder, and puts there what a run writes."""
   workdir.claim(path, _describe(), overwrite=False)
-  for name in ("checkpoints/10000/state", "damaged/20000/state", "metrics.jsonl", "summary.json"):
+  for name in ("checkpoints/10000/state", "damaged/20000/state", "tensorboard/events", "metrics.jsonl",
+               "summary.json", "stopped.json", "wandb_id.txt"):
     (path / name).parent.mkdir(parents=True, exist_ok=True)
     (path / name).write_text(name)
   return _content(path)
@@ -61,7 +62,7 @@ def test_the_same_run_is_resumed(tmp_path: Path, description: dict[str, Any]) ->
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
   config = c.Config(federation=c.FederationConfig(root=c.Node("world", c.Files("texts"))))
   workdir.claim(tmp_path, workdir.describe(config, federation.resolve(config), {}), overwrite=False)
-  config.nodes_at_once, config.checkpoint.keep_last = 5, 7
+  config.nodes_at_once, config.checkpoint.keep_last, config.logging.wandb_project = 5, 7, "worlds"
   workdir.claim(tmp_path, workdir.describe(config, federation.resolve(config), {}), overwrite=False)
 
 

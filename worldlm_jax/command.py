@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -13,14 +14,18 @@ NODE = flags.DEFINE_multi_string("node", [], "PATH.FIELD=VALUE: a node's own set
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; a mistake in them is bad input like any other."""
+def parse_flags(argv: list[str], config_type: type = config_lib.Config) -> list[str]:
+  """Parses the flags; a mistake in them is bad input like any other. The config must be a `config_type`."""
   logging.set_verbosity(logging.FATAL)  # libraries log every file, and tracebacks of what we say in one line
   try:
-    validation.check_flags(argv)
+    validation.check_flags(argv, config_type)
     rest = flags.FLAGS(argv)
     checks.require(not rest[1:], "arguments", rest[1:], "only flags", "see --help")
-    _ = CONFIG.value.seed  # only now is a missing config file noticed
+    if not isinstance(CONFIG.value, config_type):
+      getattr(CONFIG.value, "seed", None)  # only now is a missing config file noticed
+      checks.fail("--config", config_flags.get_config_filename(flags.FLAGS["config"]),
+                  f"a file whose get_config() returns a {config_type.__name__}",
+                  "worldlm_jax.compare takes a Comparison, every other command a Config")
     return rest
   except (flags.Error, ValueError, OSError, KeyError) as error:  # a KeyError: a field of another kind of source
     print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
@@ -29,7 +34,28 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def configured() -> config_lib.Config:
   """The config of the flags, with the settings of single nodes put in."""
-  config = CONFIG.value
+  return _with_nodes(CONFIG.value)
+
+
+def compared() -> config_lib.Comparison:
+  """The comparison of the flags, with the settings of single nodes put in for all entries."""
+  _with_nodes(CONFIG.value.base)
+  return CONFIG.value
+
+
+def failed(error: Exception) -> int:
+  """Says what ended a command, and returns its exit code. Raises errors that are nobody's input or machine."""
+  if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    raise error
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    print(f"error: {str(error).splitlines()[0]}\ntry a lower nodes_at_once or optimizer.microbatch_size, or "
+          "model.remat", file=sys.stderr)
+  else:
+    print(f"error: {error}", file=sys.stderr)
+  return BAD_INPUT if isinstance(error, checks.InputError) else FAILED
+
+
+def _with_nodes(config: config_lib.Config) -> config_lib.Config:
   for text in NODE.value:
     path, field, value = federation.parse_override(text)
     config.federation.overrides.setdefault(path, {})[field] = value

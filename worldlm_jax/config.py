@@ -9,6 +9,8 @@ import json
 import math
 from typing import Any
 
+ALGORITHMS = ("worldlm", "worldlm_paper", "fedavg", "hierfavg", "fedper", "local", "centralized")
+
 
 @dataclasses.dataclass(slots=True)
 class NodeSettings:
@@ -24,7 +26,14 @@ class NodeSettings:
   rounds_per_parent_round: int = 1  # rounds a federation runs with its children per round of its own
   down_temperature: float = 0.1  # of attend over layers when the parent's arrive; 0 keeps one's own (by cosines)
   up_temperature: float = 0.1  # of attend over layers of one's children; inf is the plain mean
+  # A node takes its parent's backbone over as it is until e / (e + c) of the run, its key layers until the square of
+  # that, and goes its own way from then on. e: how often its subtree sees its text in the whole run; c: these numbers,
+  # where 0 means never and inf from the start.
+  backbone_independence: float = 2.0
+  key_layer_independence: float = 2.0
+  full_relevance: float = 0.5  # a node whose first update agrees less with its siblings' shares for less; 0: off
   acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
+  max_train_bytes: int = 0  # train on a sample of the node's documents, at most so large; 0: on all of them
 
 
 @dataclasses.dataclass(slots=True)
@@ -187,7 +196,7 @@ class ModelConfig:
   tied_head: bool = True
   compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
   remat: bool = False  # recompute each block in the backward pass
-  key_layer_share: float = 0.3  # share of the blocks, from the top, that are key layers
+  key_layer_share: float = 0.3  # share of the blocks, from the top, that are key layers; 1: all blocks
 
 
 @dataclasses.dataclass(slots=True)
@@ -198,7 +207,6 @@ class DataConfig:
   sequence_length: int = 128  # predicted tokens per window
   packing: str = "stream"  # stream: windows run on across documents | documents: each window is of one document
   document_mask: bool = False  # attention stays within the document (matters for packing=stream)
-  max_train_bytes: int = 0  # train on a sample of each node's documents, at most so large; 0: on all of them
   invalid_utf8: str = "error"  # error | replace: what happens to bytes that are no UTF-8
   cache: str = ""  # folder of the tokenised texts; "": worldlm_jax in the user's cache folder
 
@@ -213,13 +221,14 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   moments: str = "keep"  # keep | reset: what happens to the moments at each round
   microbatch_size: int = 0  # windows per gradient computation; 0: the whole batch at once
+  proximal: float = 0.0  # FedProx: pull towards the parameters from which the round's training began
 
 
 @dataclasses.dataclass(slots=True)
 class BackboneConfig:
   """How a federation averages its members' backbones."""
 
-  weights: str = "tokens"  # tokens | uniform
+  weights: str = "text"  # text (by how much of it the members have) | tokens (that they trained on) | uniform
   server_optimizer: str = "sgd"  # sgd | nesterov | adam
   server_learning_rate: float = 1.0
   server_momentum: float = 0.9  # nesterov's momentum and adam's b1
@@ -232,7 +241,7 @@ class KeyLayerConfig:
   values: str = "updates"  # layers | updates
   similarity: str = "update_cosine"  # see validation.SIMILARITIES; attend over updates is always their cosine
   granularity: str = "layer"  # layer | tensor | all
-  prior: str = "uniform"  # uniform | tokens (of the up-phase; the down-phase has no counts)
+  prior: str = "uniform"  # uniform | weights (the backbone's, in the up-phase; the down-phase has none)
   update_strength: float = 1.0  # lambda: weight of a fully aligned update of another node
   update_threshold: float = 0.1  # cosine under which another node's update is ignored
   update_norm_cap: float = 1.0  # largest norm of the step, in norms of the node's own update
@@ -242,11 +251,13 @@ class KeyLayerConfig:
 
 @dataclasses.dataclass(slots=True)
 class EvaluationConfig:
-  """How much of each split is scored. 0 windows means all of them."""
+  """How much of each split is scored. 0 windows means all of them, but for the matrix."""
 
   valid_windows: int = 32  # of every round's valid score
   test_windows: int = 0  # of the summary's test score
+  personalised: str = "last"  # last | best: the round whose personalised model is tested, by the node's valid loss
   acceptance_windows: int = 8  # of validated acceptance and of the validation_loss similarity
+  matrix_windows: int = 16  # of every node's test text that every node's model is scored on at the end; 0: none
 
 
 @dataclasses.dataclass(slots=True)
@@ -259,9 +270,18 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class LoggingConfig:
+  """What shows a run while it goes, besides the screen and metrics.jsonl (see watching.py)."""
+
+  tensorboard: bool = True  # event files in workdir/tensorboard
+  wandb_project: str = ""  # a project of Weights & Biases (extra [wandb]); "": none
+
+
+@dataclasses.dataclass(slots=True)
 class Config:
   """One experiment."""
 
+  algorithm: str = "worldlm"  # one of ALGORITHMS; each is a file in algorithms/
   seed: int = 0
   rounds: int = 10  # rounds of the root; in the sequential schedule, of each level in its turn
   schedule: str = "parallel"  # parallel | sequential
@@ -275,6 +295,26 @@ class Config:
   key_layers: KeyLayerConfig = dataclasses.field(default_factory=KeyLayerConfig)
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+
+@dataclasses.dataclass(slots=True)
+class Entry:
+  """One line of a comparison: an algorithm, or a variant of one."""
+
+  name: str  # of its folder, and in the tables
+  overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # dotted name of a field of `Config` -> value
+
+
+@dataclasses.dataclass(slots=True)
+class Comparison:
+  """Entries that are trained on the same tree, with the same tokens, from the same seeds (see docs/compare.md)."""
+
+  base: Config
+  entries: list[Entry]
+  seeds: tuple[int, ...] = (0, 1, 2)
+  own: str = "worldlm"  # name of the entry that the others are held against
+  alone: str = "local"  # name of the entry that stands for training alone; "" for none
 
 
 def num_key_layers(model: ModelConfig) -> int:

@@ -6,7 +6,7 @@ shapes is an error rather than a silent second compilation.
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldlm_jax import local, model, partition, rngs, schedule, scoring, state as state_lib, trees
-from worldlm_jax.algorithms import rules, worldlm
+from worldlm_jax.algorithms import rules
 from worldlm_jax.config import Config
 from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.federation import Federation
@@ -37,21 +37,25 @@ class Engine:
 
   Args:
     config: a validated config.
-    federation: the resolved tree.
+    federation: the resolved tree, as the algorithm arranges it.
     arch: the model.
     mesh: the devices.
-    validation: per level, int32 `[n, E, W]` validation batches and int32 `[n]` counts, for rules that
-      look at them (`needs_validation`).
+    algorithm: what is exchanged; see `algorithms.make`.
+    text_tokens: how much text each node with data has to train on, by path.
+    validation: per level, int32 `[n, E, W]` validation batches and int32 `[n]` counts, for algorithms
+      that look at them (`needs_validation`).
   """
 
   def __init__(
     self, config: Config, federation: Federation, arch: model.Architecture, mesh: jax.sharding.Mesh,
+    algorithm: rules.Algorithm, text_tokens: Mapping[str, int],
     validation: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
   ):
     self.config, self.federation, self.arch, self.mesh = config, federation, arch, mesh
-    self.algorithm = worldlm.make(config, arch, any_validated=any_validated(federation))
+    self.algorithm = algorithm
     self.topologies = [state_lib.topology(federation, level, mesh) for level in range(len(federation.levels))]
     self.validation = validation
+    self._shared_rounds = schedule.shared_rounds(config, federation, text_tokens)
     self.nodes_at_once = config.nodes_at_once or partition.choose_nodes_at_once(
       max(len(level) for level in federation.levels), model.abstract_params(arch), self.abstract_state(), mesh
     )
@@ -65,12 +69,17 @@ class Engine:
     """The state before the first round; every node starts from the same parameters."""
     return jax.jit(self._init, out_shardings=partition.node_sharding(self.mesh))(rngs.key(self.config.seed, "init"))
 
+  def initial_params(self) -> model.Params:
+    """The parameters from which every node starts, those of one model."""
+    return jax.jit(functools.partial(model.init, self.arch))(rngs.key(self.config.seed, "init"))
+
   def abstract_state(self) -> state_lib.State:
     """The shapes and dtypes of the state, without computing it."""
     return jax.eval_shape(self._init, rngs.key(self.config.seed, "init"))
 
   def _init(self, key: jax.Array) -> state_lib.State:
-    return state_lib.init(self.config, self.federation, self.topologies, model.init(self.arch, key))
+    params = model.init(self.arch, key)
+    return state_lib.init(self.config, self.federation, self.topologies, params, self.algorithm.tracks)
 
   def down(
     self, state: state_lib.State, step: schedule.Step, round_index: int
@@ -133,11 +142,11 @@ class Engine:
   ) -> tuple[state_lib.LevelState, tuple[jax.Array, jax.Array, jax.Array]]:
     trained = local.train_nodes(self.arch, self.config.optimizer, self.mesh, own.params, own.opt_state, work)
     took_part = trained.steps > 0
-    moved = trees.subtract(trained.params["key_layers"], own.params["key_layers"])
-    tokens = jnp.float32(trained.tokens)
+    moved = {part: trees.subtract(trained.params[part], own.params[part]) for part in self.algorithm.tracks}
+    weight = jnp.where(took_part, work.weight, 0.0) if self.algorithm.weights == "text" else jnp.float32(trained.tokens)
     new = own._replace(
       params=trained.params, opt_state=trained.opt_state, update=trees.where(took_part, moved, own.update),
-      own_tokens=own.own_tokens + tokens, tokens=own.tokens + tokens,
+      own_weight=own.own_weight + weight, weight=own.weight + weight,
       trained=own.trained | took_part, fresh=own.fresh | took_part,
     )
     return new, (trained.losses, trained.steps, trained.tokens)
@@ -188,7 +197,9 @@ class Engine:
     if self.validation is not None:
       windows, counts = self.validation[level]
     validated = np.array([m.settings.acceptance == "validated" for m in members])
-    shared = [self._pad(level, array) for array in (validated, windows, counts)]
+    full_relevance = np.array([m.settings.full_relevance for m in members], np.float32)
+    rounds = (self._shared_rounds[part][level] for part in ("backbone", "key_layers"))
+    shared = [self._pad(level, array) for array in (*rounds, full_relevance, validated, windows, counts)]
     temperatures = {
       "down": [m.settings.down_temperature for m in members], "up": [m.settings.up_temperature for m in members]
     }
@@ -228,16 +239,6 @@ def scores_by_row(found: list[tuple[np.ndarray, jax.Array]], num_nodes: int) -> 
     inside = rows < num_nodes
     np.add.at(total, rows[inside], np.asarray(losses, np.float64)[inside])
   return total
-
-
-def any_validated(federation: Federation) -> bool:
-  """Whether some node's acceptance is "validated"."""
-  return any(member.settings.acceptance == "validated" for member in federation.members)
-
-
-def needs_validation(config: Config, federation: Federation) -> bool:
-  """Whether the exchange needs the nodes' validation batches."""
-  return worldlm.needs_validation_batch(config.key_layers, any_validated(federation))
 
 
 def _with_level(state: state_lib.State, level: int, new: state_lib.LevelState) -> state_lib.State:

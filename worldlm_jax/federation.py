@@ -15,6 +15,8 @@ import numpy as np
 from worldlm_jax import checks, config as config_lib, tree_sources, validation
 from worldlm_jax.tree_sources import ROOT
 
+ABOVE = ".."  # the path of a root that is put above the configured tree; no node can have this name
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -25,6 +27,12 @@ class Member:
   parent: str | None
   data: config_lib.Source | None
   settings: config_lib.NodeSettings
+  pools: tuple[str, ...] = ()  # the members on whose batches it trains; see `pooled`
+
+  @property
+  def trains(self) -> bool:
+    """Whether it has something to train on, and steps to make."""
+    return (self.data is not None or bool(self.pools)) and self.settings.local_steps > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,16 @@ class Federation:
   def members(self) -> tuple[Member, ...]:
     """All nodes, root first, level by level."""
     return tuple(member for level in self.levels for member in level)
+
+  @property
+  def root(self) -> Member:
+    """The node that has no parent."""
+    return self.levels[0][0]
+
+  @property
+  def is_pooled(self) -> bool:
+    """Whether the root trains in the place of the others."""
+    return bool(self.root.pools)
 
   @functools.cached_property
   def parents(self) -> tuple[np.ndarray, ...]:
@@ -67,6 +85,23 @@ class Federation:
       return np.zeros(len(self.levels[level]), bool)
     return np.asarray(self.children(level)[1].any(axis=1))
 
+  @functools.cached_property
+  def by_path(self) -> dict[str, Member]:
+    """Every node by its path."""
+    return {member.path: member for member in self.members}
+
+  @functools.cached_property
+  def ancestors(self) -> dict[str, tuple[str, ...]]:
+    """By path, the node itself and all above it, up to the root."""
+    result: dict[str, tuple[str, ...]] = {}
+    for member in self.members:
+      result[member.path] = (member.path, *(result[member.parent] if member.parent is not None else ()))
+    return result
+
+  def is_within(self, path: str, ancestor: str) -> bool:
+    """Whether `path` is `ancestor` or lies below it."""
+    return ancestor in self.ancestors[path]
+
   def subtree(self, path: str) -> tuple[Member, ...]:
     """The node and all below it, in tree order (parents before children, depth first)."""
     below = [m for m in self.members if m.parent == path]
@@ -75,13 +110,50 @@ class Federation:
 
 
 def depth(path: str) -> int:
-  """How many edges lie between the root and the node."""
+  """How many edges lie between the root and the node of a configured tree."""
   return 0 if path == ROOT else path.count("/") + 1
 
 
-def is_within(path: str, ancestor: str) -> bool:
-  """Whether `path` is `ancestor` or lies below it."""
-  return ancestor == ROOT or path == ancestor or path.startswith(ancestor + "/")
+def as_given(federation: Federation) -> Federation:
+  """The tree itself."""
+  return federation
+
+
+def flattened(federation: Federation) -> Federation:
+  """Every node with text as a member of one server that has none: the tree of FedAvg.
+
+  Members keep their paths, and so the order of their data; they make as many steps per round as in the tree.
+  """
+  server = dataclasses.replace(federation.root, path=ABOVE, name="server", data=None)
+  return Federation(((server,), _members_of(server, federation)))
+
+
+def pooled(federation: Federation) -> Federation:
+  """One root that trains on everybody's batches, in everybody's stead: centralised training.
+
+  Its steps are as large as the largest node's and so many that every round takes the windows that the members
+  would take. Below it stand the nodes with text, to be scored, and to personalise the model in the last round.
+  """
+  members = _members_of(dataclasses.replace(federation.root, path=ABOVE), federation)
+  windows = sum(m.settings.local_steps * m.settings.batch_size for m in members)
+  batch_size = max((m.settings.batch_size for m in members), default=1)
+  settings = dataclasses.replace(federation.root.settings, local_steps=-(-windows // batch_size), batch_size=batch_size)
+  root = Member(ABOVE, "pool", None, None, settings, tuple(m.path for m in members))
+  return Federation(((root,), members))
+
+
+def _members_of(root: Member, federation: Federation) -> tuple[Member, ...]:
+  times: dict[str, int] = {}  # how often a node trains in a round of the root
+  for m in federation.members:
+    above = next((p for p in federation.members if p.path == m.parent), None)
+    times[m.path] = 1 if above is None else times[above.path] * (
+      1 if above.parent is None else above.settings.rounds_per_parent_round
+    )
+  return tuple(
+    dataclasses.replace(m, name=m.path, parent=root.path,
+                        settings=dataclasses.replace(m.settings, local_steps=times[m.path] * m.settings.local_steps))
+    for m in federation.members if m.data is not None
+  )
 
 
 def resolve(config: config_lib.Config) -> Federation:

@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from worldlm_jax import local, schedule
-from worldlm_jax.data.batches import NodeBatches, NodeText
+from worldlm_jax.data.batches import NodeBatches, NodeText, PooledBatches
 from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.federation import Federation
 
 
 def workload(
-  federation: Federation, step: schedule.Step, batches: Mapping[str, NodeBatches], rates: Mapping[str, np.ndarray],
-  positions: Mapping[str, int], shape: tuple[int, int, int],
+  federation: Federation, step: schedule.Step, batches: Mapping[str, NodeBatches | PooledBatches],
+  rates: Mapping[str, np.ndarray], positions: Mapping[str, int], shape: tuple[int, int, int],
+  text_tokens: Mapping[str, int],
 ) -> local.Workload:
   """What the nodes of a training step do: leaves `[n, ...]`.
 
@@ -25,7 +26,8 @@ def workload(
     batches: the batches of each node with data whose devices are this process's, by path.
     rates: the learning rate of each of a node's own steps, by path.
     positions: how many steps each node has made so far.
-    shape: (S, B, W), the same for all levels so that they share one compiled program.
+    shape: (S, B, W); see `workload_shape`.
+    text_tokens: how much text each node has to train on, by path.
   """
   members = federation.levels[step.level]
   windows = np.zeros((len(members), *shape), np.int32)
@@ -43,12 +45,31 @@ def workload(
     np.array([member.settings.batch_size for member in members], np.int32),
     np.array([member.settings.weight_decay for member in members], np.float32),
     np.array([member.settings.clip_norm for member in members], np.float32),
+    np.array([text_tokens.get(member.path, 0) for member in members], np.float32),
   )
 
 
-def workload_shape(federation: Federation, microbatch_size: int, sequence_length: int) -> tuple[int, int, int]:
-  """The largest S and B over all nodes that train, B rounded up to whole microbatches, and W."""
-  training = [m.settings for m in federation.members if m.data is not None and m.settings.local_steps]
+def batches(federation: Federation, texts: Mapping[str, NodeText], seed: int) -> dict[str, NodeBatches | PooledBatches]:
+  """The batches of every node that has a text here, and of a root that trains on everybody's."""
+  own = {
+    m.path: NodeBatches(texts[m.path].train, m.settings.batch_size, seed, m.path)
+    for m in federation.members if m.path in texts
+  }
+  if not federation.is_pooled:
+    return dict(own)
+  parts = [(own[path], federation.by_path[path].settings.local_steps) for path in federation.root.pools]
+  return own | {federation.root.path: PooledBatches(parts, federation.root.settings.batch_size)}
+
+
+def workload_shape(
+  federation: Federation, level: int, microbatch_size: int, sequence_length: int
+) -> tuple[int, int, int]:
+  """The largest S and B over all nodes that train, B rounded up to whole microbatches, and W.
+
+  All levels have the same shape, so that they share one compiled program; a pool's is its own.
+  """
+  members = federation.levels[level] if federation.is_pooled else federation.members
+  training = [m.settings for m in members if m.trains]
   steps = max((settings.local_steps for settings in training), default=1)
   batch = max((settings.batch_size for settings in training), default=1)
   micro = min(microbatch_size, batch) or batch

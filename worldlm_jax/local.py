@@ -31,6 +31,7 @@ class Workload(NamedTuple):
   batch_size: Any  # int32 scalar: how many of the B windows count
   weight_decay: Any  # float32 scalar
   clip_norm: Any  # float32 scalar
+  weight: Any  # float32 scalar: of the node in a mean by text, its training tokens
 
 
 class Trained(NamedTuple):
@@ -86,6 +87,7 @@ def train_node(
   tx = optimizer(config, work.clip_norm, work.weight_decay)
   if config.moments == "reset":
     opt_state = trees.where(work.steps > 0, tx.init(params), opt_state)
+  begun_from = params
   max_steps, max_batch, _ = work.windows.shape
   micro = min(config.microbatch_size or max_batch, max_batch)
   assert max_batch % micro == 0, (max_batch, micro)
@@ -109,6 +111,8 @@ def train_node(
     loss, grads = gradient(params, work.windows[i])
     num_tokens = model.num_targets(work.windows[i], jnp.arange(max_batch) < work.batch_size)
     grads = jax.tree.map(lambda g: g / num_tokens, grads)
+    if config.proximal:  # T. Li et al., arXiv:1812.06127
+      grads = jax.tree.map(lambda g, p, p0: g + config.proximal * (p - p0), grads, params, begun_from)
     updates, new_state = tx.update(grads, state, params)
     new_params = optax.apply_updates(params, jax.tree.map(lambda u: -work.learning_rates[i] * u, updates))
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(new_params))

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from worldlm_jax import local, model, schedule
+from worldlm_jax import local, model, plain, schedule
 from worldlm_jax.config import Config, OptimizerConfig
-from worldlm_jax.exchange import backbone as backbone_lib
-from worldlm_jax.federation import Federation, Member, is_within
-
-Layers = list[list[np.ndarray]]  # key layers as [tensor][layer], each flat and float64
+from worldlm_jax.exchange import backbone as backbone_lib, relevance
+from worldlm_jax.federation import Federation, Member
+from worldlm_jax.plain import Layers
 
 
 @dataclasses.dataclass
@@ -34,9 +33,11 @@ class Residual:
 
 
 class Shared(NamedTuple):
-  """What others may see of a node: its last update, whether it is news, and its residual layers."""
+  """What others may see of a node: its last update, how much it weighs, whether it is news, and residual layers."""
 
   update: Layers
+  backbone_update: Any
+  weight: float
   fresh: bool
   sent: list[Residual]
 
@@ -50,9 +51,11 @@ class NodeState:
   opt_state: Any
   server: Any
   update: Layers
+  backbone_update: Any
   step: int = 0
-  own_tokens: int = 0
-  tokens: int = 0
+  own_weight: float = 0.0
+  weight: float = 0.0
+  relevance: float = relevance.UNKNOWN
   trained: bool = False
   fresh: bool = False
   sent: list[Residual] = dataclasses.field(default_factory=list)
@@ -60,7 +63,7 @@ class NodeState:
 
   def shared(self) -> Shared:
     """What others may see of the node now."""
-    return Shared(self.update, self.fresh, self.sent)
+    return Shared(self.update, self.backbone_update, self.weight, self.fresh, self.sent)
 
 
 class Oracle:
@@ -73,16 +76,23 @@ class Oracle:
     params: the initial parameters of every node.
     batch: (path, step) -> int32 `[B, W]`, the windows of a node's optimizer step.
     learning_rate: (path, step) -> the rate of a node's optimizer step.
+    text_tokens: path -> how much text a node with data has.
     validation: path -> int32 `[E, W]`, the validation batches of nodes that have one.
   """
 
   def __init__(
     self, config: Config, federation: Federation, arch: model.Architecture, params: model.Params,
     batch: Callable[[str, int], np.ndarray], learning_rate: Callable[[str, int], float],
-    validation: dict[str, np.ndarray],
+    text_tokens: dict[str, int], validation: dict[str, np.ndarray],
   ):
     self.config, self.federation, self.arch = config, federation, arch
     self.batch, self.learning_rate, self.validation = batch, learning_rate, validation
+    self.text_tokens = text_tokens
+    shared_rounds = schedule.shared_rounds(config, federation, text_tokens)
+    self.shared_rounds = {
+      m.path: {part: rounds[d][i] for part, rounds in shared_rounds.items()}
+      for d, level in enumerate(federation.levels) for i, m in enumerate(level)
+    }
     self.structure = jax.tree.structure(params["key_layers"])
     params = jax.tree.map(jnp.asarray, params)
     self.shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["key_layers"])]
@@ -92,7 +102,8 @@ class Oracle:
     self.nodes = {
       m.path: NodeState(
         params["backbone"], self._to_lists(params["key_layers"]), local.optimizer(config.optimizer).init(params),
-        self.server.init(params["backbone"]), _scaled(self._to_lists(params["key_layers"]), 0.0),
+        self.server.init(params["backbone"]), plain.scaled(self._to_lists(params["key_layers"]), 0.0),
+        plain.zeros(params["backbone"]),
       )
       for m in federation.members
     }
@@ -108,7 +119,7 @@ class Oracle:
   def round(self, index: int, stage: int | None = None, absent: Collection[str] = ()) -> None:
     """One round of the root; arguments as in `schedule.round_steps`."""
     self.index, self.stage, self.absent = index, stage, absent
-    if not any(is_within(".", gone) for gone in absent):
+    if self.federation.root.path not in absent:
       self.fit(self.federation.members[0], None, True, {})
 
   def fit(self, q: Member, parent: Member | None, first_repeat: bool, last: dict[str, Shared]) -> None:
@@ -119,11 +130,18 @@ class Oracle:
     """
     node, settings = self.nodes[q.path], q.settings
     if parent is not None:
-      node.backbone = self.nodes[parent.path].backbone
+      above, rounds = self.nodes[parent.path], self.shared_rounds[q.path]
+      self._measure_relevance(q, parent, last)
+      share = np.clip(node.relevance / settings.full_relevance, 0, 1) if settings.full_relevance else 1.0
+      takes = {part: np.isinf(limit) or self.index < np.ceil(share * limit) for part, limit in rounds.items()}
+      if takes["backbone"]:
+        node.backbone = above.backbone
       if self.num_layers:
         self._attend_down(q, parent, first_repeat, last)
-    node.update = _scaled(node.update, 0.0)
-    node.own_tokens = node.tokens = 0
+        if takes["key_layers"]:
+          node.key_layers = above.key_layers
+    node.update, node.backbone_update = plain.scaled(node.update, 0.0), plain.zeros(node.backbone)
+    node.own_weight = node.weight = 0.0
     node.trained = node.fresh = False
     level = 0 if q.parent is None else q.path.count("/") + 1
     trains = schedule.trains(self.federation, level)[[m.path for m in self.federation.levels[level]].index(q.path)]
@@ -132,17 +150,25 @@ class Oracle:
     if self.stage == level or not self.children[q.path]:
       return
     for repeat in range(1 if parent is None else settings.rounds_per_parent_round):
-      here = [c for c in self.children[q.path] if not any(is_within(c.path, gone) for gone in self.absent)]
+      here = [c for c in self.children[q.path] if not set(self.federation.ancestors[c.path]) & set(self.absent)]
       shared = {m.path: self.nodes[m.path].shared() for m in self.federation.subtree(q.path)[1:]}
       for child in here:
         self.fit(child, q, repeat == 0, shared)
-      if any(self.nodes[c.path].tokens for c in here):
+      if any(self.nodes[c.path].weight for c in here):
         self._merge(q, here)
+
+  def _measure_relevance(self, q: Member, parent: Member, last: dict[str, Shared]) -> None:
+    """The cosine of the node's update and its siblings' weighted mean, the first time that there are both."""
+    node = self.nodes[q.path]
+    others = [last[c.path] for c in self.children[parent.path] if c.path != q.path and last[c.path].fresh]
+    if node.fresh and others and node.relevance == relevance.UNKNOWN:
+      mean = np.sum([o.weight * plain.flat((o.backbone_update, o.update)) for o in others], axis=0)
+      node.relevance = plain.cosine(plain.flat((node.backbone_update, node.update)), mean)
 
   def _train(self, q: Member) -> None:
     node, settings = self.nodes[q.path], q.settings
     params = self.params(q.path)
-    before = node.key_layers
+    before, predicted = dataclasses.replace(node), 0
     if self.config.optimizer.moments == "reset":
       node.opt_state = local.optimizer(self.config.optimizer).init(params)
     for _ in range(settings.local_steps):
@@ -150,10 +176,14 @@ class Oracle:
       rates = self.learning_rate(q.path, node.step), settings.clip_norm, settings.weight_decay
       params, node.opt_state = self._step(params, node.opt_state, windows, *rates)
       node.step += 1
-      node.own_tokens += int(np.count_nonzero(windows[:, 1:] >= 0))
+      predicted += int(np.count_nonzero(windows[:, 1:] >= 0))
     node.backbone, node.key_layers = params["backbone"], self._to_lists(params["key_layers"])
-    node.update = _sum([node.key_layers, before], [1.0, -1.0])
-    node.tokens += node.own_tokens
+    node.update = plain.combine([node.key_layers, before.key_layers], [1.0, -1.0])
+    node.backbone_update = jax.tree.map(plain.minus, node.backbone, before.backbone)
+    node.own_weight = {
+      "text": float(self.text_tokens[q.path]), "tokens": float(predicted), "uniform": 1.0
+    }[self.config.backbone.weights]
+    node.weight += node.own_weight
     node.trained = node.fresh = True
 
   def _attend_down(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> None:
@@ -176,12 +206,13 @@ class Oracle:
       siblings = [c.path for c in self.children[parent.path] if c.path != q.path]
       others += [last[path].update for path in siblings if last[path].fresh]
       addition, _ = self._attend_updates(node.update, [
-        [_layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)
-      ], None)
-      mixed = _sum([node.key_layers, addition], [1.0, 1.0])
+        [plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)
+      ])
+      mixed = plain.combine([node.key_layers, addition], [1.0, 1.0])
     else:
       candidates = [
-        [_layer(node.key_layers, i), _layer(above.key_layers, i), *residual_layers(i)] for i in range(self.num_layers)
+        [plain.layer(node.key_layers, i), plain.layer(above.key_layers, i), *residual_layers(i)]
+        for i in range(self.num_layers)
       ]
       mixed, _ = self._attend_layers(
         q, node.key_layers, *query, candidates, None, q.settings.down_temperature, node.backbone
@@ -192,54 +223,54 @@ class Oracle:
 
   def _merge(self, p: Member, here: list[Member]) -> None:
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
-    by_tokens = self.config.backbone.weights == "tokens"
-    weights = [m.tokens if by_tokens else float(m.tokens > 0) for m in members]
-    own_weight = (node.own_tokens if by_tokens else 1.0) if node.trained else 0.0
-    total = sum(weights) + own_weight
-    difference = jax.tree.map(
-      lambda own, *theirs: sum(
-        (w / total) * (np.float64(t) - np.float64(own)) for w, t in zip(weights, theirs, strict=True) if w
-      ) + np.zeros(own.shape),
-      node.backbone, *[m.backbone for m in members],
+    uniform = self.config.backbone.weights == "uniform"
+    weights = [float(m.weight > 0) if uniform else m.weight for m in members]
+    own_weight = (1.0 if uniform else node.own_weight) if node.trained else 0.0
+    shares = [w / (sum(weights) + own_weight) for w in weights]
+    mean = jax.tree.map(
+      lambda own, *theirs: sum(w * np.float64(t) for w, t in zip(shares, theirs, strict=True)) + np.zeros(own.shape),
+      node.backbone, *[m.backbone_update for m in members],
     )
-    gradient = jax.tree.map(lambda d: -jnp.float32(d), difference)
+    gradient = jax.tree.map(lambda d: -jnp.float32(d), mean)
     step, node.server = self.server.update(gradient, node.server, node.backbone)
-    node.backbone = optax.apply_updates(node.backbone, step)
+    before, node.backbone = node.backbone, optax.apply_updates(node.backbone, step)
+    moved = jax.tree.map(plain.minus, node.backbone, before)
+    node.backbone_update = jax.tree.map(np.add, node.backbone_update, moved)
     if self.num_layers:
-      self._merge_key_layers(p, here)
-    node.tokens += sum(m.tokens for m in members)
-    node.fresh = node.fresh or any(m.tokens for m in members)
+      self._merge_key_layers(p, here, shares)
+    node.weight += sum(m.weight for m in members)
+    node.fresh = node.fresh or any(m.weight for m in members)
 
-  def _merge_key_layers(self, p: Member, here: list[Member]) -> None:
+  def _merge_key_layers(self, p: Member, here: list[Member], shares: list[float]) -> None:
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
     keys = self.config.key_layers
-    base = node.update if node.trained else _scaled(node.update, 0.0)
     if keys.values == "updates":
-      here = [c for c in here if self.nodes[c.path].fresh]
-      members = [self.nodes[c.path] for c in here]
-      offered = [m.update for m in members]
-      prior = [float(m.tokens > 0 if keys.prior == "uniform" else m.tokens) for m in members]
-      candidates = [[_layer(o, i) for o in offered] for i in range(self.num_layers)]
-      addition, use = self._attend_updates(base, candidates, prior)
-      mixed = _sum([node.key_layers, addition], [1.0, 1.0])
+      mean = plain.combine([m.update for m in members], shares)
+      mixed = plain.combine([node.key_layers, mean], [1.0, 1.0])
+      shown = [(c, m.update) for c, m in zip(here, members, strict=True) if m.fresh]
+      use = [
+        [plain.cosine(*(np.concatenate(plain.layer(layers, i)) for layers in (mean, update))) for _, update in shown]
+        for i in range(self.num_layers)
+      ]
     else:
-      offered = [m.key_layers for m in members]
+      base = node.update if node.trained else plain.scaled(node.update, 0.0)
+      shown = [(c, m.key_layers) for c, m in zip(here, members, strict=True)]
       own = [node.key_layers] if node.trained else []
-      prior = [float(node.own_tokens)] * len(own) + [float(m.tokens) for m in members]
+      prior = [node.own_weight] * len(own) + [m.weight for m in members]
       mixed, weights = self._attend_layers(
-        p, node.key_layers, *self._query(node.key_layers, base, _sum([node.key_layers, base], [1.0, -1.0])),
-        [[_layer(o, i) for o in own + offered] for i in range(self.num_layers)],
+        p, node.key_layers, *self._query(node.key_layers, base, plain.combine([node.key_layers, base], [1.0, -1.0])),
+        [[plain.layer(o, i) for o in own + [layers for _, layers in shown]] for i in range(self.num_layers)],
         None if keys.prior == "uniform" else prior, p.settings.up_temperature, node.backbone,
       )
       use = [w[len(own) :] for w in weights]
     node.sent = []
-    if p.parent is not None and len(members) + node.trained > 1:
+    if p.parent is not None and len(shown) + node.trained > 1:
       for i in range(self.num_layers):
         for s in np.argsort(use[i], kind="stable")[: keys.residuals_per_layer]:
-          node.sent.append(Residual(_layer(offered[s], i), i, here[s].path, self.index))
+          node.sent.append(Residual(plain.layer(shown[s][1], i), i, shown[s][0].path, self.index))
     accepted = self._accept(p, node.key_layers, mixed, node.backbone)
     if keys.values == "updates" and accepted is mixed:  # its members' progress is its own from now on
-      node.update = _sum([node.update, addition], [1.0, 1.0])
+      node.update = plain.combine([node.update, mean], [1.0, 1.0])
     node.key_layers = accepted
 
   def _query(self, own: Layers, update: Layers, parents: Layers) -> tuple[Layers, Layers | None]:
@@ -247,31 +278,31 @@ class Oracle:
     if self.config.key_layers.values == "updates":
       return update, None
     if self.config.key_layers.similarity == "centered_cosine":
-      return _sum([own, parents], [1.0, -1.0]), parents
+      return plain.combine([own, parents], [1.0, -1.0]), parents
     if self.config.key_layers.similarity == "update_cosine":
-      return update, _sum([own, update], [1.0, -1.0])
+      return update, plain.combine([own, update], [1.0, -1.0])
     return own, None
 
   def _pool(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> list[Residual]:
     """Residual layers on this side of the tree that q may get."""
     updates = self.config.key_layers.values == "updates"
-    found = [r for path, shared in last.items() if not is_within(path, q.path) for r in shared.sent]
+    found = [r for path, shared in last.items() if not self.federation.is_within(path, q.path) for r in shared.sent]
     from_above = [] if updates and not first_repeat else self.nodes[parent.path].received
     return [r for r in found + from_above if not updates or r.round >= self.index - 1]
 
   def _routing_score(self, direction: Layers, origin: Layers | None, pool: list[Residual], r: Residual) -> float:
     moved = self._displacement(r.layer, origin, r.index)
-    query = _layer(direction, r.index)
+    query = plain.layer(direction, r.index)
     if not any(t.any() for tensor in direction for t in tensor):
       everyone = [self._displacement(o.layer, origin, o.index) for o in pool if o.index == r.index]
       query = [np.mean(tensors, axis=0) for tensors in zip(*everyone, strict=True)]
     a, b = np.concatenate(query), np.concatenate(moved)
     if self.config.key_layers.similarity == "scaled_dot":
       return float(a @ b) / np.sqrt(a.size)
-    return _cosine(a, b)
+    return plain.cosine(a, b)
 
   def _displacement(self, layer: list[np.ndarray], origin: Layers | None, i: int) -> list[np.ndarray]:
-    return layer if origin is None else [t - o for t, o in zip(layer, _layer(origin, i), strict=True)]
+    return layer if origin is None else [t - o for t, o in zip(layer, plain.layer(origin, i), strict=True)]
 
   def _attend_layers(self, q, own, direction, origin, candidates, prior, temperature, backbone):
     """Softmax attention over whole layers: mixed layers, and per layer the weights `[S]`, averaged over tensors."""
@@ -298,8 +329,8 @@ class Oracle:
           elif keys.similarity == "scaled_dot":
             scores.append(float(a @ b) / np.sqrt(a.size))
           else:
-            scores.append(_cosine(a, b))
-        w = _softmax(np.array(scores), prior, temperature)
+            scores.append(plain.cosine(a, b))
+        w = plain.softmax(np.array(scores), prior, temperature)
         for t, j in pieces:
           if j == i:
             result[t][i] = sum(w_s * c[t] for w_s, c in zip(w, candidates[i], strict=True)) if w.any() else own[t][i]
@@ -307,7 +338,7 @@ class Oracle:
     return result, [w.mean(axis=0) for w in weights]
 
   def _attend_updates(
-    self, own: Layers, candidates: list[list[list[np.ndarray]]], prior: list[float] | None
+    self, own: Layers, candidates: list[list[list[np.ndarray]]]
   ) -> tuple[Layers, list[np.ndarray]]:
     """What to add to layers that already hold `own`, and per layer the cosines `[S]`, averaged over tensors."""
     keys = self.config.key_layers
@@ -319,9 +350,8 @@ class Oracle:
       steps = {(t, i): own[t][i] for t, i in unit}
       if not trained:  # follow the others' mean
         for t, i in unit:
-          weights = np.ones(len(candidates[i])) if prior is None else np.array(prior)
-          for share, candidate in zip(weights / (weights.sum() or 1.0), candidates[i], strict=True):
-            steps[t, i] = steps[t, i] + share * candidate[t]
+          for candidate in candidates[i]:
+            steps[t, i] = steps[t, i] + candidate[t] / len(candidates[i])
       direction = np.concatenate([steps[t, i] for t, i in unit])
       for t, i in unit:
         for s, candidate in enumerate(candidates[i]):
@@ -329,7 +359,7 @@ class Oracle:
           theirs = np.concatenate([
             candidates[j][s][u] if s < len(candidates[j]) else 0 * own[u][j] for u, j in unit
           ])
-          cosines[i][t, s] = _cosine(direction, theirs)
+          cosines[i][t, s] = plain.cosine(direction, theirs)
           beta = trained * keys.update_strength * max(0.0, cosines[i][t, s] - keys.update_threshold)
           steps[t, i] = steps[t, i] + beta * candidate[t]
       step_vector = np.concatenate([steps[t, i] for t, i in unit])
@@ -385,35 +415,3 @@ def _optimizer_step(
   grads = jax.grad(lambda p: _loss(arch, p, windows_BxW) / tokens)(params)
   updates, state = local.optimizer(config, clip_norm, weight_decay).update(grads, state, params)
   return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), state
-
-
-def _softmax(scores: np.ndarray, prior: list[float] | None, temperature: float) -> np.ndarray:
-  prior_S = np.ones(len(scores)) if prior is None else np.asarray(prior, np.float64)
-  if not prior_S.any():
-    return prior_S
-  scores = np.where(prior_S > 0, scores, -np.inf)
-  if temperature == 0:
-    return np.eye(len(scores))[np.argmax(scores)]
-  logits = scores / temperature if np.isfinite(temperature) else np.where(prior_S > 0, 0.0, -np.inf)
-  weights = prior_S * np.exp(logits - logits.max())
-  return weights / weights.sum()
-
-
-def _layer(layers: Layers, i: int) -> list[np.ndarray]:
-  return [tensor[i] for tensor in layers]
-
-
-def _sum(terms: list[Layers], factors: list[float]) -> Layers:
-  return [
-    [np.sum([f * term[t][i] for f, term in zip(factors, terms, strict=True)], axis=0) for i in range(len(tensor))]
-    for t, tensor in enumerate(terms[0])
-  ]
-
-
-def _scaled(layers: Layers, factor: float) -> Layers:
-  return [[factor * layer for layer in tensor] for tensor in layers]
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-  norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-  return float(a @ b) / norms if norms else 0.0

@@ -9,9 +9,9 @@ import numpy as np
 
 from worldlm_jax import state as state_lib, trees
 from worldlm_jax.config import KeyLayerConfig, Source, Synthetic
-from worldlm_jax.data import synthetic
+from worldlm_jax.data import compression, synthetic
 from worldlm_jax.data.batches import NodeText
-from worldlm_jax.federation import ROOT, Federation
+from worldlm_jax.federation import Federation
 from worldlm_jax.scoring import Score
 
 Rows = dict[str, dict[str, Any]]  # by path
@@ -39,14 +39,19 @@ def score_record(score: Score, bytes_per_token: float) -> dict[str, float]:
   }
 
 
-def text_record(text: NodeText, source: Source) -> dict[str, Any]:
-  """What a node's text holds, by split; of an artificial language also the least loss that is possible (`floor`)."""
+def text_record(text: NodeText, source: Source, compressed_bits_per_byte: float | None = None) -> dict[str, Any]:
+  """What a node's text holds, by split, and what a compressor makes of it where that is known.
+
+  Of an artificial language also the least loss that is possible (`floor`).
+  """
   found: dict[str, Any] = {name: split.counts._asdict() for name, split in text.text.splits.items()}
   bytes_per_token = text.bytes_per_token("test")
   found["bytes_per_token"] = bytes_per_token
   if isinstance(source, Synthetic):
     nats_per_byte = synthetic.language(source).entropy_bits_per_byte * math.log(2)
     found["floor"] = score_record(Score(nats_per_byte * bytes_per_token, 1), bytes_per_token)
+  if compressed_bits_per_byte is not None:
+    found["compressor"] = {"name": compression.NAME, "bits_per_byte": compressed_bits_per_byte}
   return found
 
 
@@ -63,8 +68,8 @@ class Exchanges:
     self._federation, self._over_updates = federation, config.values == "updates"
     self._paths = [m.path for m in federation.members]
     self._node_bytes = trees.num_bytes(params)
-    num_layers = max((leaf.shape[0] for leaf in jax.tree.leaves(params["key_layers"])), default=1)
-    self._layer_bytes = trees.num_bytes(params["key_layers"]) // num_layers
+    num_layers = max((leaf.shape[0] for leaf in jax.tree.leaves(params.get("key_layers", {}))), default=1)
+    self._layer_bytes = trees.num_bytes(params.get("key_layers", {})) // num_layers
 
   def down(
     self, rows: Rows, level: int, active: np.ndarray, topology: state_lib.Topology, log: Mapping[str, Any]
@@ -157,8 +162,10 @@ def summary(
     data: what the nodes' texts hold.
   """
   own = dict(received) | dict(personalised)
+  # What the nodes below a pool train on is the same text once more, to personalise its model.
+  trained = tokens.get(federation.root.path, 0) if federation.is_pooled else sum(tokens.values())
   nodes: dict[str, Any] = {}
-  for member in federation.subtree(ROOT):
+  for member in federation.subtree(federation.root.path):
     down, up = sent.get(member.path, [0, 0])
     entry: dict[str, Any] = {"tokens": tokens.get(member.path, 0), "bytes_down": down, "bytes_up": up}
     if member.path in received:
@@ -167,7 +174,7 @@ def summary(
     entry["subtree"] = {"received": _mean_and_worst(below, received), "personalised": _mean_and_worst(below, own)}
     nodes[member.path] = entry
   return {
-    "nodes": nodes, "tree": nodes[ROOT]["subtree"], "tokens": sum(tokens.values()),
+    "nodes": nodes, "tree": nodes[federation.root.path]["subtree"], "tokens": trained,
     "bytes_down": sum(entry["bytes_down"] for entry in nodes.values()),
     "bytes_up": sum(entry["bytes_up"] for entry in nodes.values()),
     "seconds": {name: round(value, 3) for name, value in seconds.items()},

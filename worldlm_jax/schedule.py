@@ -14,12 +14,14 @@ times per round of its parent (HierFAVG's kappa, arXiv:1905.06641). Sequential s
 hands down and merges, and what lies below it waits.
 """
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from worldlm_jax.federation import Federation, is_within
+from worldlm_jax.config import Config
+from worldlm_jax.federation import Federation, Member
 
 
 class Step(NamedTuple):
@@ -33,26 +35,31 @@ class Step(NamedTuple):
 
 def trains(federation: Federation, level: int) -> np.ndarray:
   """Which nodes of a level train: those with data and local steps. bool `[N]`."""
-  return np.array([m.data is not None and m.settings.local_steps > 0 for m in federation.levels[level]])
+  return np.array([m.trains for m in federation.levels[level]])
 
 
 def stages(federation: Federation, schedule: str) -> list[int | None]:
   """The levels that train in turn (None: all of them in every round)."""
-  if schedule == "parallel":
+  if schedule == "parallel" or federation.is_pooled:
     return [None]
   return [level for level in range(len(federation.levels)) if trains(federation, level).any()]
 
 
-def round_steps(federation: Federation, stage: int | None, absent: Collection[str] = ()) -> list[Step]:
+def round_steps(
+  federation: Federation, stage: int | None, absent: Collection[str] = (), *, last: bool = False
+) -> list[Step]:
   """The steps of one round of the root.
 
   Args:
     federation: the tree.
     stage: the one level that trains, or None for all.
     absent: paths of nodes that take no part in this round; all below them takes none either.
+    last: whether it is the last round. Where the root trains for all (`federation.pooled`), the nodes below only
+      receive its model, and train in the last round, before it does.
   """
   present = [
-    np.array([not any(is_within(m.path, gone) for gone in absent) for m in level]) for level in federation.levels
+    np.array([not any(federation.is_within(m.path, gone) for gone in absent) for m in level])
+    for level in federation.levels
   ]
 
   def visit(level: int, active: np.ndarray, first_repeat: bool) -> Iterator[Step]:
@@ -71,6 +78,11 @@ def round_steps(federation: Federation, stage: int | None, absent: Collection[st
       yield from visit(level + 1, members, repeat == 0)
       yield Step("up", level, running, first_repeat)
 
+  if federation.is_pooled:
+    everybody = trains(federation, 1)
+    personalise = [Step("train", 1, everybody, True)] if last else []
+    return [Step("down", 0, present[0], True), Step("down", 1, present[1], True), *personalise,
+            Step("train", 0, present[0], True)]
   return list(visit(0, present[0], True))
 
 
@@ -93,10 +105,47 @@ def evaluations(federation: Federation, steps: list[Step]) -> tuple[list[np.ndar
 
 
 def steps_per_round(federation: Federation, stage: int | None) -> dict[str, int]:
-  """How many optimizer steps each node makes in a round in which everybody takes part."""
+  """How many optimizer steps each node makes in a round in which everybody takes part (the last, if pooled)."""
   count = {member.path: 0 for member in federation.members}
-  for step in round_steps(federation, stage):
+  for step in round_steps(federation, stage, last=True):
     if step.kind == "train":
       for member, active in zip(federation.levels[step.level], step.active, strict=True):
         count[member.path] += int(active) * member.settings.local_steps
   return count
+
+
+def shared_rounds(
+  config: Config, federation: Federation, text_tokens: Mapping[str, int]
+) -> dict[str, list[np.ndarray]]:
+  """By part of the model, per level: for how many rounds each node takes over its parent's part, if fully relevant.
+
+  Node q takes the backbone over until `e / (e + c)` of the run, and the key layers until the square of that, so that
+  they go first. e is how often its subtree sees its text (of `text_tokens` tokens by path), c the node's
+  `backbone_independence` or `key_layer_independence`. float32 `[n]` each; inf where c is 0.
+  """
+  tokens = dict.fromkeys(text_tokens, 0)
+  turns = stages(federation, config.schedule)
+  for stage in turns:
+    for path, count in steps_per_round(federation, stage).items():
+      if path in tokens:
+        windows = config.rounds * count * federation.by_path[path].settings.batch_size
+        tokens[path] += windows * config.data.sequence_length
+
+  def rounds(member: Member, c: float, power: int) -> float:
+    below = [m.path for m in federation.subtree(member.path) if m.path in tokens]
+    epochs = sum(tokens[p] for p in below) / max(1, sum(text_tokens[p] for p in below))
+    return math.inf if c == 0 else config.rounds * len(turns) * (epochs / (epochs + c)) ** power
+
+  return {
+    part: [np.array([rounds(m, getattr(m.settings, setting), power) for m in level], np.float32)
+           for level in federation.levels]
+    for part, setting, power in (("backbone", "backbone_independence", 1), ("key_layers", "key_layer_independence", 2))
+  }
+
+
+def first_positions(federation: Federation, rounds: int) -> dict[str, int]:
+  """The optimizer step with which each node that does not begin at 0 begins.
+
+  Below a pool nodes train in the last round alone, on the batches and at the rates which that round has everywhere.
+  """
+  return {m.path: (rounds - 1) * m.settings.local_steps for m in federation.members[1:]} if federation.is_pooled else {}

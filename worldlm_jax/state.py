@@ -13,8 +13,8 @@ import numpy as np
 
 from worldlm_jax import local, model, partition, trees
 from worldlm_jax.config import Config
-from worldlm_jax.exchange import backbone, residuals
-from worldlm_jax.federation import Federation, is_within
+from worldlm_jax.exchange import backbone, relevance, residuals
+from worldlm_jax.federation import Federation
 
 
 class LevelState(NamedTuple):
@@ -23,11 +23,12 @@ class LevelState(NamedTuple):
   params: model.Params  # {"backbone", "key_layers"}, leaves [N, ...]
   opt_state: trees.PyTree  # the local optimizer's moments
   server: trees.PyTree  # the server optimizer's state; only where the level has federations
-  update: trees.PyTree  # what training changed in the key layers since the last down-phase, leaves [N, M, ...]
+  update: trees.PyTree  # by part of the model: what has changed since the last down-phase, leaves [N, ...]
   residuals: residuals.Residuals | None  # sent up by the level's federations, [N, R, M, ...]
   received: residuals.Residuals | None  # routed to the level's nodes, [N, R, M, ...]
-  own_tokens: jax.Array  # float32 [N]: tokens the node itself trained on since its last down-phase
-  tokens: jax.Array  # float32 [N]: the same for its whole subtree
+  own_weight: jax.Array  # float32 [N]: what the node's training since its last down-phase weighs in a mean
+  weight: jax.Array  # float32 [N]: the same for its whole subtree
+  relevance: jax.Array  # float32 [N]: see exchange/relevance.py; UNKNOWN until it has been measured
   trained: jax.Array  # bool [N]: whether the node trained since its last down-phase
   fresh: jax.Array  # bool [N]: whether `update` is news to the others since its last down-phase
 
@@ -71,8 +72,8 @@ def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh) -> Top
     allowed = np.zeros((size, partition.padded_size(len(federation.levels[j]), mesh)), bool)
     for n, member in enumerate(members):
       for o, other in enumerate(federation.levels[j]):
-        under_my_parent = is_within(other.path, str(member.parent))
-        allowed[n, o] = under_my_parent and not is_within(other.path, member.path) and federation.is_federation(j)[o]
+        mine, others = (federation.is_within(other.path, p) for p in (member.path, str(member.parent)))
+        allowed[n, o] = others and not mine and federation.is_federation(j)[o]
     if allowed.any():
       eligible[j] = allowed
   return Topology(
@@ -82,13 +83,16 @@ def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh) -> Top
 
 
 def init(
-  config: Config, federation: Federation, topologies: Sequence[Topology], params: model.Params
+  config: Config, federation: Federation, topologies: Sequence[Topology], params: model.Params, tracks: Sequence[str]
 ) -> State:
-  """The state before the first round: all nodes hold the same parameters. Traceable; leaves `[N, ...]`."""
+  """The state before the first round: all nodes hold the same parameters. Traceable; leaves `[N, ...]`.
+
+  `tracks` names the parts of the model whose updates are kept.
+  """
   tx, server = local.optimizer(config.optimizer), backbone.server_optimizer(config.backbone)
   key_layers = params["key_layers"]
   sends, receives = config.key_layers.residuals_per_layer, config.key_layers.residuals_received
-  exchanges_residuals = bool(key_layers) and sends > 0 and receives > 0
+  exchanges_residuals = "key_layers" in tracks and bool(key_layers) and sends > 0 and receives > 0
   reached = [bool(own.eligible) for own in topologies]  # residual layers come from the pool of one's side of the tree
   for level in range(1, len(reached)):
     reached[level] |= reached[level - 1]  # and from what the parent received
@@ -99,11 +103,12 @@ def init(
       params=params,
       opt_state=tx.init(params),
       server=server.init(params["backbone"]) if has_federations else (),
-      update=trees.zeros_like(key_layers),
+      update={part: trees.zeros_like(params[part]) for part in tracks},
       residuals=residuals.empty(key_layers, sends) if exchanges_residuals and has_federations and level else None,
       received=residuals.empty(key_layers, receives) if exchanges_residuals and reached[level] else None,
-      own_tokens=jnp.float32(0),
-      tokens=jnp.float32(0),
+      own_weight=jnp.float32(0),
+      weight=jnp.float32(0),
+      relevance=jnp.float32(relevance.UNKNOWN),
       trained=jnp.bool_(False),
       fresh=jnp.bool_(False),
     )

@@ -67,11 +67,12 @@ def _train(
   members = [member for member in federation.members if member.data is not None]
   sources = [(member.path, member.data) for member in members if member.data is not None]
   # The cache gives every node the documents that it will train on, or a sample of them, as bytes.
-  limit = min(filter(None, (config.data.max_train_bytes, max_bytes_per_node)), default=0)
-  data = config_lib.DataConfig(
-    max_train_bytes=limit, invalid_utf8=config.data.invalid_utf8, cache=config.data.cache
-  )
-  texts = cache.load(sources, data, tokenizer_lib.ByteTokenizer(), print)
+  limits = {
+    member.path: min(filter(None, (member.settings.max_train_bytes, max_bytes_per_node)), default=0)
+    for member in members
+  }
+  data = config_lib.DataConfig(invalid_utf8=config.data.invalid_utf8, cache=config.data.cache)
+  texts = cache.load(sources, data, tokenizer_lib.ByteTokenizer(), print, limits)
   used = [texts[member.path] for member in federation.subtree(path) if member.path in texts]
   trained = tokenizers.Tokenizer(tokenizers.models.BPE())
   trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

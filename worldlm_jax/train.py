@@ -4,8 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,24 +13,29 @@ import jax
 import numpy as np
 
 from worldlm_jax import (
+  algorithms,
   checkpoint,
   checks,
   config as config_lib,
   engine as engine_lib,
+  fairness,
   federation as federation_lib,
   feed as feed_lib,
   local,
+  matrix,
   metrics,
   model,
   partition,
   progress,
   records,
   schedule,
+  signals,
   state as state_lib,
   trees,
+  watching,
   workdir as workdir_lib,
 )
-from worldlm_jax.data import batches as batches_lib, duplicates, tokenizer as tokenizer_lib
+from worldlm_jax.data import batches as batches_lib, compression, duplicates, tokenizer as tokenizer_lib
 from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.scoring import Score
 
@@ -51,8 +54,10 @@ class Progress:
   step: int = 0  # of the round's steps, the next to do
   positions: dict[str, int] = dataclasses.field(default_factory=dict)  # optimizer steps made, by node
   tokens: dict[str, int] = dataclasses.field(default_factory=dict)  # trained on, by node
+  windows: int = 0  # fingerprint of the windows trained on; see `fairness`
   rows: records.Rows = dataclasses.field(default_factory=dict)  # of the unfinished round
   losses: dict[str, float] = dataclasses.field(default_factory=dict)  # last personalised valid loss, by node
+  best: dict[str, float] = dataclasses.field(default_factory=dict)  # valid loss of the model that `test` scores
   test: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # personalised, by node
   bytes: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # [down, up] so far, by node
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -64,7 +69,7 @@ def run(config: config_lib.Config, workdir: str | Path, *, overwrite: bool = Fal
 
   Args:
     config: the experiment.
-    workdir: gets config.json, metrics.jsonl, summary.json and checkpoints/.
+    workdir: gets config.json, metrics.jsonl, summary.json, checkpoints/ and tensorboard/.
     overwrite: starts afresh where the folder holds a run.
     reporter: shows progress; silent if None.
 
@@ -82,8 +87,10 @@ def run(config: config_lib.Config, workdir: str | Path, *, overwrite: bool = Fal
 
 class _Run:
   def __init__(self, config: config_lib.Config, workdir: Path, overwrite: bool, reporter: progress.Reporter):
-    self.config, self.workdir, self.reporter = config, workdir, reporter
-    self.federation = federation_lib.resolve(config)
+    self.config = config = algorithms.adapted(config)
+    self.workdir, self.reporter = workdir, reporter
+    self.federation = algorithms.arranged(config, federation_lib.resolve(config))
+    watching.check(config.logging)
     tokenizer = tokenizer_lib.load(config.data.tokenizer)
     self.arch = _architecture(config, tokenizer)
     self.mesh = partition.make_mesh()
@@ -91,17 +98,24 @@ class _Run:
       (m.path, m.data) for level in self.federation.levels
       for m, own in zip(level, partition.own_nodes(len(level), self.mesh), strict=True) if own and m.data is not None
     ]
-    self.texts = batches_lib.load(sources, config.data, tokenizer, reporter.message)
+    limits = {m.path: m.settings.max_train_bytes for m in self.federation.members}
+    self.texts = batches_lib.load(sources, config.data, tokenizer, reporter.message, limits)
     self.duplicates = duplicates.find({path: text.text for path, text in self.texts.items()})
     for line in duplicates.warnings(self.duplicates):
       reporter.message(line)
     if lossy := [path for path, text in self.texts.items() if not text.text.lossless]:
       reporter.message(f"warning: the tokenizer loses some of the text of {', '.join(lossy)}: no bits per byte there")
+    texts = {path: text.text for path, text in self.texts.items()}
+    self.compressed = compression.references(texts, tokenizer, reporter.message)
     digests = {path: text.digest for path, text in self.texts.items()}
     validation = None
-    if engine_lib.needs_validation(config, self.federation):
+    algorithm = algorithms.make(config, self.arch, self.federation)
+    if algorithm.needs_validation:
       validation = [e.arrays() for e in self._evaluations("valid", config.evaluation.acceptance_windows)]
-    self.engine = engine_lib.Engine(config, self.federation, self.arch, self.mesh, validation)
+    self.text_tokens = {path: text.text.splits["train"].counts.tokens for path, text in self.texts.items()}
+    self.engine = engine_lib.Engine(
+      config, self.federation, self.arch, self.mesh, algorithm, self.text_tokens, validation
+    )
     abstract = self.engine.abstract_state()
     workdir_lib.check_space(workdir, trees.num_bytes(abstract), config.checkpoint)
     description = workdir_lib.describe(config, self.federation, digests)
@@ -119,12 +133,13 @@ class _Run:
       places = len(schedule.round_steps(self.federation, stage))
       checks.require(places < PLACES_PER_ROUND, "rounds_per_parent_round", places, f"fewer than {PLACES_PER_ROUND} "
                      "phases in one round of the root", "repeat less often further down the tree")
-    self.exchanges = records.Exchanges(self.federation, config.key_layers, model.abstract_params(self.arch))
+    shared = {part: params for part, params in model.abstract_params(self.arch).items() if part in algorithm.shares}
+    self.exchanges = records.Exchanges(self.federation, config.key_layers, shared)
     self.valid = self._evaluations("valid", config.evaluation.valid_windows)
     self.test = self._evaluations("test", config.evaluation.test_windows)
-    self.now = Progress()
+    self.now = Progress(positions=schedule.first_positions(self.federation, config.rounds))
     self.state = self._restore_or_begin(abstract)
-    self.signal = ""
+    self.stop = signals.Stop()
 
   def to_the_end(self) -> dict[str, Any]:
     """Runs what is left and returns the summary."""
@@ -134,11 +149,15 @@ class _Run:
       self.checkpoints.close()
       return json.loads(summary.read_text(encoding="utf-8"))
     feed = feed_lib.Feed(self._workloads(copy.deepcopy(self.now)))
+    watchers = watching.Watchers(
+      self.config.logging, self.workdir, config_lib.to_dict(self.config), self.now.round, self.now.seconds,
+      self.reporter.message,
+    )
     try:
-      with self._signals():
+      with self.stop.listening():
         self.reporter.start(self._title(), len(self.rounds), self.now.round)
         for index in range(self.now.round, len(self.rounds)):
-          self._round(index, feed)
+          self._round(index, feed, watchers)
         self.checkpoints.wait()
       result = self._summary()
       metrics.write_json(summary, result)
@@ -147,11 +166,12 @@ class _Run:
       self.reporter.stop()
       feed.stop()
       self.checkpoints.close()
+      watchers.close()
 
-  def _round(self, index: int, feed: feed_lib.Feed) -> None:
+  def _round(self, index: int, feed: feed_lib.Feed, watchers: watching.Watchers) -> None:
     begin = time.perf_counter()
     stage, last = self.rounds[index]
-    steps = schedule.round_steps(self.federation, stage)
+    steps = schedule.round_steps(self.federation, stage, last=last)
     received_at, personalised_at = schedule.evaluations(self.federation, steps)
     if not self.now.rows:
       self.now.rows = records.blank(self.federation, index)
@@ -165,16 +185,14 @@ class _Run:
       elif step.kind == "train":
         self._train(index, step, feed)
         self._evaluate(index, "personalised", step.level, personalised_at[place])
-        if last:
-          for path, score in self._scores(step.level, self.test[step.level], personalised_at[place]).items():
-            self.now.test[path] = records.score_record(score, self.texts[path].bytes_per_token("test"))
+        self._test(step.level, personalised_at[place], last)
       else:
         self._up(index, step)
       self.now.step = place + 1
-      if self.signal and place + 1 < len(steps):
+      if self.stop.name and place + 1 < len(steps):
         self._stop(index)
-    self._finish_round(index, time.perf_counter() - begin)
-    if self.signal and index + 1 < len(self.rounds):
+    self._finish_round(index, time.perf_counter() - begin, watchers)
+    if self.stop.name and index + 1 < len(self.rounds):
       self._stop(index + 1)
 
   def _down(self, index: int, step: schedule.Step) -> None:
@@ -214,6 +232,9 @@ class _Run:
           where = f"step {position + int(count) + 1} of the node's own; the state before that step"
           self._stop_for_good(what, path, index, where)
         self.now.positions[path] = position + int(count)
+        if members[row].pools or not self.federation.is_pooled:  # below a pool, the model has seen these windows
+          seen = work.windows[row, :count, : members[row].settings.batch_size]
+          self.now.windows = (self.now.windows + fairness.windows(seen)) % 2**64
         self.now.tokens[path] = self.now.tokens.get(path, 0) + int(tokens)
         records.add_training(self.now.rows[path], loss_S[:count])
 
@@ -223,6 +244,18 @@ class _Run:
         self._stop_for_good(f"valid loss as {kind} is {score.loss_nats}", path, index, "model as it is now, which")
       self.now.rows[path][kind] = records.score_record(score, self.texts[path].bytes_per_token("valid"))
 
+  def _test(self, level: int, mask: np.ndarray, last: bool) -> None:
+    """Scores personalised models on their test texts: in the last round, or whenever they are better than before."""
+    if self.config.evaluation.personalised == "best":
+      improved = [self.now.rows[m.path].get("personalised", {}).get("loss_nats", np.inf) <
+                  self.now.best.get(m.path, np.inf) for m in self.federation.levels[level]]
+      mask = mask & np.array(improved)
+    elif not last:
+      return
+    for path, score in self._scores(level, self.test[level], mask).items():
+      self.now.test[path] = records.score_record(score, self.texts[path].bytes_per_token("test"))
+      self.now.best[path] = self.now.rows[path]["personalised"]["loss_nats"]
+
   def _scores(self, level: int, evaluation: Evaluation, mask: np.ndarray) -> dict[str, Score]:
     members = self.federation.levels[level]
     with self._timed("evaluating"):
@@ -230,27 +263,28 @@ class _Run:
     scored = mask & (evaluation.counts > 0)
     return {m.path: Score(float(sums[i]), evaluation.num_targets(i)) for i, m in enumerate(members) if scored[i]}
 
-  def _finish_round(self, index: int, seconds: float) -> None:
+  def _finish_round(self, index: int, seconds: float, watchers: watching.Watchers) -> None:
     now = self.now
     shown = []
-    for member in self.federation.subtree(federation_lib.ROOT):  # parents above their own children
+    for member in self.federation.subtree(self.federation.root.path):  # parents above their own children
       row = now.rows[member.path]
       row["tokens"] = now.tokens.get(member.path, 0)
       total = now.bytes.setdefault(member.path, [0, 0])
       now.bytes[member.path] = [total[0] + row["bytes_down"], total[1] + row["bytes_up"]]
       before = Score(now.losses[member.path], 1).perplexity if member.path in now.losses else None
       shown.append(progress.Row(
-        member.path, member.name, federation_lib.depth(member.path), row["tokens"], row.get("loss_nats"),
+        member.path, member.name, len(self.federation.ancestors[member.path]) - 1, row["tokens"], row.get("loss_nats"),
         row.get("received", {}).get("perplexity"), row.get("personalised", {}).get("perplexity"), before,
         records.top_source(row),
       ))
       if "personalised" in row:
         now.losses[member.path] = row["personalised"]["loss_nats"]
     metrics.append_jsonl(self.workdir / "metrics.jsonl", now.rows.values())
+    watchers.round(index, now.rows, now.seconds)
     now.round, now.step, now.rows = index + 1, 0, {}
     if (index + 1) % self.config.checkpoint.every_rounds == 0 or index + 1 == len(self.rounds):
       # A mean over the nodes that have trained so far could not be compared with one over all.
-      everybody = len(now.losses) == sum(schedule.trains(self.federation, d).sum() for d in range(len(self.valid)))
+      everybody = len(now.losses) == sum(m.trains for m in self.federation.members if m.path in self.texts)
       self._save(float(np.mean(list(now.losses.values()))) if everybody and now.losses else None)
     self.reporter.round(index, shown, seconds)
 
@@ -264,7 +298,8 @@ class _Run:
     self._save(None)
     self.checkpoints.wait()
     raise Interrupted(
-      f"stopped by {self.signal} in round {round_index + 1}; everything is saved, run the same command again to resume"
+      f"stopped by {self.stop.name} in round {round_index + 1}; everything is saved, run the same command again to "
+      "resume"
     )
 
   def _stop_for_good(self, what: str, path: str, index: int, where: str) -> NoReturn:
@@ -292,24 +327,21 @@ class _Run:
 
   def _workloads(self, now: Progress) -> Iterator[local.Workload]:
     """What remains to be trained on from `now`, in order."""
-    batches = {
-      m.path: batches_lib.NodeBatches(self.texts[m.path].train, m.settings.batch_size, self.config.seed, m.path)
-      for m in self.federation.members if m.path in self.texts
-    }
+    batches = feed_lib.batches(self.federation, self.texts, self.config.seed)
     totals = {m.path: 0 for m in self.federation.members}
     for stage, _ in self.rounds:
       for path, count in schedule.steps_per_round(self.federation, stage).items():
         totals[path] += count
     rates = {m.path: local.learning_rates(m.settings, totals[m.path]) for m in self.federation.members}
-    shape = feed_lib.workload_shape(
-      self.federation, self.config.optimizer.microbatch_size, self.config.data.sequence_length
-    )
+    sizes = self.config.optimizer.microbatch_size, self.config.data.sequence_length
     positions = {m.path: now.positions.get(m.path, 0) for m in self.federation.members}
     for index in range(now.round, len(self.rounds)):
-      steps = schedule.round_steps(self.federation, self.rounds[index][0])
+      stage, last = self.rounds[index]
+      steps = schedule.round_steps(self.federation, stage, last=last)
       for step in steps[now.step if index == now.round else 0 :]:
         if step.kind == "train":
-          yield feed_lib.workload(self.federation, step, batches, rates, positions, shape)
+          shape = feed_lib.workload_shape(self.federation, step.level, *sizes)
+          yield feed_lib.workload(self.federation, step, batches, rates, positions, shape, self.text_tokens)
           for member, active in zip(self.federation.levels[step.level], step.active, strict=True):
             positions[member.path] += int(active) * member.settings.local_steps
 
@@ -320,26 +352,40 @@ class _Run:
     params = model.abstract_params(self.arch)
     megabytes = sum(text.text.splits["train"].counts.text_bytes for text in self.texts.values()) / 1e6
     levels = ", ".join(str(len(level)) for level in self.federation.levels)
+    live = [f"to watch it: tensorboard --logdir={self.workdir / 'tensorboard'}"] * self.config.logging.tensorboard
     return [
       f"{len(self.federation.members)} nodes in {len(self.federation.levels)} levels ({levels}), "
       f"{len(self.texts)} with text ({megabytes:.1f} MB to train on)",
       f"{trees.num_parameters(params):,} parameters per node, {trees.num_parameters(params['key_layers']):,} of them "
       f"in {self.arch.num_key_layers} key layers",
       f"{self.mesh.size} device(s), {self.engine.nodes_at_once} node(s) at once on each; writing to {self.workdir}",
+      *live,
     ]
 
   def _summary(self) -> dict[str, Any]:
-    """Scores what every node would receive next, and puts the run's results together. Uses the state up."""
+    """Scores every model on every text, then what every node would receive next. Uses the state up."""
+    crossed, windows = None, self.config.evaluation.matrix_windows
+    if windows:
+      self.reporter.phase(len(self.rounds) - 1, "scoring every model on every text", 1.0)
+      with self._timed("evaluating"):
+        crossed = matrix.score(self.engine, self.state, self.texts, windows)
     received: dict[str, dict[str, float]] = {}
     for level, members in enumerate(self.federation.levels):
       everybody = np.ones(len(members), bool)
       self.state, _ = self.engine.down(self.state, schedule.Step("down", level, everybody, True), len(self.rounds))
       for path, score in self._scores(level, self.test[level], everybody).items():
         received[path] = records.score_record(score, self.texts[path].bytes_per_token("test"))
-    data = {m.path: records.text_record(self.texts[m.path], m.data) for m in self.federation.members if m.data}
+    data = {m.path: records.text_record(self.texts[m.path], m.data, self.compressed.get(m.path))
+            for m in self.federation.members if m.data}
     found = records.summary(
       self.federation, self.now.tokens, self.now.bytes, received, self.now.test, self.now.seconds, data
     )
+    fair = {
+      "initial_parameters": fairness.initial_parameters(self.engine.initial_params()),
+      "batches": {"all": f"{self.now.windows:016x}"},
+      "evaluation": fairness.evaluation(self.texts, self.config.evaluation.test_windows),
+    }
+    found |= {"matrix": crossed, "fairness": fair}
     return found | {"duplicates": [duplicate._asdict() for duplicate in self.duplicates]}
 
   @contextlib.contextmanager
@@ -356,29 +402,10 @@ class _Run:
   def _book(self, name: str, seconds: float) -> None:
     self.now.seconds[name] = self.now.seconds.get(name, 0.0) + seconds
 
-  @contextlib.contextmanager
-  def _signals(self) -> Iterator[None]:
-    """SIGTERM and SIGINT end the run after the current phase; a second SIGINT ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-      yield
-      return
-
-    def note(number: int, _: Any) -> None:
-      if self.signal and number == signal.SIGINT:
-        raise KeyboardInterrupt
-      self.signal = signal.Signals(number).name
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-      yield
-    finally:
-      for number, handler in before.items():
-        signal.signal(number, handler)
-
 
 def _architecture(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> model.Architecture:
   separator = tokenizer.separator_id if config.data.document_mask else None
-  arch = model.architecture(config.model, tokenizer.vocab_size, separator)
+  arch = model.architecture(config.model, tokenizer.vocab_size, separator, algorithms.num_key_layers(config))
   if arch.vocab_size < tokenizer.vocab_size:
     raise checks.InputError(
       f"config.model.vocab_size={arch.vocab_size}: expected at least {tokenizer.vocab_size}, the vocabulary of "

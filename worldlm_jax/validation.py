@@ -9,6 +9,7 @@ from typing import Any
 
 from worldlm_jax import checks
 from worldlm_jax.config import (
+  ALGORITHMS,
   Config,
   FederationConfig,
   Files,
@@ -18,18 +19,17 @@ from worldlm_jax.config import (
   NodeSettings,
   Source,
   Tfds,
-  num_key_layers,
 )
 
 SIMILARITIES = ("param_cosine", "scaled_dot", "centered_cosine", "update_cosine", "validation_loss")
 
 
-def check_flags(argv: Iterable[str]) -> None:
-  """Raises `ValueError` at a flag such as `--config.model.layers=4` whose name leads to no field of `Config`."""
+def check_flags(argv: Iterable[str], config_type: type = Config) -> None:
+  """Raises `ValueError` at a flag such as `--config.model.layers=4` whose name leads to no field of the config."""
   for text in argv:
     found = re.match(r"--?(?:no)?config\.([\w.]+)", text)
     name = found[1] if found else ""
-    kind: Any = Config
+    kind: Any = config_type
     for part in name.split(".") if found else ():
       where = f"--config.{name}: field"
       if not dataclasses.is_dataclass(kind) and kind != Source:
@@ -38,6 +38,8 @@ def check_flags(argv: Iterable[str]) -> None:
       types = {field.name: field.type for member in kinds for field in dataclasses.fields(member)}
       checks.one_of(where, part, types)
       kind = types[part]
+      checks.require(typing.get_origin(kind) is not list, "flag", f"--config.{name}", "a single value",
+                     "a list is written in the config file; --only chooses some of its entries")
 
 
 def validate(config: Config) -> None:
@@ -46,11 +48,11 @@ def validate(config: Config) -> None:
   _validate_federation(config.federation)
   for name, least in (("rounds", 1), ("nodes_at_once", 0)):
     _at_least(f"config.{name}", getattr(config, name), least)
+  checks.one_of("config.algorithm", config.algorithm, ALGORITHMS)
   checks.one_of("config.schedule", config.schedule, ("parallel", "sequential"))
   _validate_model(config.model)
   data, optimizer = config.data, config.optimizer
   _at_least("config.data.sequence_length", data.sequence_length, 2)
-  _at_least("config.data.max_train_bytes", data.max_train_bytes, 0)
   checks.one_of("config.data.packing", data.packing, ("stream", "documents"))
   checks.one_of("config.data.invalid_utf8", data.invalid_utf8, ("error", "replace"))
   checks.one_of("config.optimizer.name", optimizer.name, ("adamw", "sgd"))
@@ -58,8 +60,9 @@ def validate(config: Config) -> None:
   _at_least("config.optimizer.microbatch_size", optimizer.microbatch_size, 0)
   for name in ("b1", "b2"):
     _in_range(f"config.optimizer.{name}", getattr(optimizer, name), 0, 1, right_open=True)
+  _at_least("config.optimizer.proximal", optimizer.proximal, 0)
   _positive("config.optimizer.epsilon", optimizer.epsilon)
-  checks.one_of("config.backbone.weights", config.backbone.weights, ("tokens", "uniform"))
+  checks.one_of("config.backbone.weights", config.backbone.weights, ("text", "tokens", "uniform"))
   checks.one_of("config.backbone.server_optimizer", config.backbone.server_optimizer, ("sgd", "nesterov", "adam"))
   _positive("config.backbone.server_learning_rate", config.backbone.server_learning_rate)
   _in_range("config.backbone.server_momentum", config.backbone.server_momentum, 0, 1, right_open=True)
@@ -71,14 +74,15 @@ def validate(config: Config) -> None:
                    "'update_cosine' with values='updates'",
                    "attend over updates compares updates; set config.key_layers.values=layers for the others")
   checks.one_of("config.key_layers.granularity", key_layers.granularity, ("layer", "tensor", "all"))
-  checks.one_of("config.key_layers.prior", key_layers.prior, ("uniform", "tokens"))
+  checks.one_of("config.key_layers.prior", key_layers.prior, ("uniform", "weights"))
   _in_range("config.key_layers.update_threshold", key_layers.update_threshold, -1, 1)
   _at_least("config.key_layers.update_strength", key_layers.update_strength, 0)
   _at_least("config.key_layers.update_norm_cap", key_layers.update_norm_cap, 1)  # a node's own update stays whole
   for name in ("residuals_per_layer", "residuals_received"):
     _at_least(f"config.key_layers.{name}", getattr(key_layers, name), 0)
-  for name, least in (("valid_windows", 0), ("test_windows", 0), ("acceptance_windows", 1)):
+  for name, least in (("valid_windows", 0), ("test_windows", 0), ("acceptance_windows", 1), ("matrix_windows", 0)):
     _at_least(f"config.evaluation.{name}", getattr(config.evaluation, name), least)
+  checks.one_of("config.evaluation.personalised", config.evaluation.personalised, ("last", "best"))
   for name, least in (("every_rounds", 1), ("keep_last", 1), ("keep_best", 0)):
     _at_least(f"config.checkpoint.{name}", getattr(config.checkpoint, name), least)
 
@@ -156,21 +160,20 @@ def _validate_model(model: ModelConfig) -> None:
   _positive("config.model.rope_base", model.rope_base)
   _positive("config.model.norm_epsilon", model.norm_epsilon)
   _in_range("config.model.key_layer_share", model.key_layer_share, 0, 1)
-  checks.require(num_key_layers(model) < model.num_layers, "config.model.key_layer_share", model.key_layer_share,
-                 f"a share that leaves at least one of num_layers={model.num_layers} blocks to the backbone",
-                 f"use at most {(model.num_layers - 1) / model.num_layers:.3g}")
 
 
 def validate_node_settings(settings: NodeSettings, where: str) -> None:
   """Checks one node's settings; `where` names the node in the error."""
-  for name, least in (("local_steps", 0), ("batch_size", 1), ("warmup_steps", 0), ("rounds_per_parent_round", 1)):
+  leasts = {"local_steps": 0, "batch_size": 1, "warmup_steps": 0, "rounds_per_parent_round": 1, "max_train_bytes": 0}
+  for name, least in leasts.items():
     _at_least(f"{where}: {name}", getattr(settings, name), least)
   _positive(f"{where}: learning_rate", settings.learning_rate)
   checks.one_of(f"{where}: lr_schedule", settings.lr_schedule, ("constant", "cosine", "wsd"))
   _at_least(f"{where}: weight_decay", settings.weight_decay, 0)
   checks.require(settings.clip_norm > 0, f"{where}: clip_norm", settings.clip_norm, "a positive norm",
                  "inf switches clipping off")
-  for name in ("down_temperature", "up_temperature"):
+  for name in ("down_temperature", "up_temperature", "backbone_independence", "key_layer_independence",
+               "full_relevance"):
     _at_least(f"{where}: {name}", getattr(settings, name), 0)
   checks.one_of(f"{where}: acceptance", settings.acceptance, ("always", "validated"))
 

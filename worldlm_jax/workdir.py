@@ -58,9 +58,9 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
   there = _read_record(record)
   checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
   if there and overwrite:
-    for name in ("checkpoints", "damaged"):
+    for name in ("checkpoints", "damaged", "tensorboard"):
       shutil.rmtree(workdir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "summary.json", "stopped.json", "config.json"):
+    for name in ("metrics.jsonl", "summary.json", "stopped.json", "wandb_id.txt", "config.json"):
       (workdir / name).unlink(missing_ok=True)
   elif there:
     found = config_lib.differences(_comparable(there), _comparable(description))
@@ -113,10 +113,11 @@ def _comparable(description: dict[str, Any]) -> dict[str, Any]:
   """What two runs must have in common.
 
   Not where the tree came from, since the nodes say it all: folders may move as long as the tokens of the text,
-  whose digest is compared, are the same. Not what changes no result, such as how many checkpoints are kept.
+  whose digest is compared, are the same. Not what changes no result, such as how many checkpoints are kept or who
+  watches.
   """
   nodes = description["nodes"].items()
-  other = ("federation", "node", "checkpoint", "nodes_at_once")
+  other = ("federation", "node", "checkpoint", "logging", "nodes_at_once")
   config = {k: v for k, v in description["config"].items() if k not in other}
   config["data"] = {k: v for k, v in config["data"].items() if k not in ("cache", "tokenizer")}
   return {"config": config} | {

@@ -1,1 +1,37 @@
-"""Algorithms: each a rule for the backbone and a rule for the key layers."""
+"""Algorithms: each a rule for the backbone and a rule for the key layers, in a file of its own.
+
+A row says how it arranges the configured tree (`arrange`), whether its models have key layers (`has_key_layers`;
+without them the backbone is the whole model), and how its pair of rules is made (`make`).
+"""
+
+from types import ModuleType
+
+from worldlm_jax import model
+from worldlm_jax.algorithms import centralized, fedavg, fedper, hierfavg, local, worldlm, worldlm_paper
+from worldlm_jax.algorithms.rules import Algorithm
+from worldlm_jax.config import ALGORITHMS, Config, num_key_layers as configured_key_layers
+from worldlm_jax.federation import Federation
+
+ROWS: dict[str, ModuleType] = dict(zip(
+  ALGORITHMS, (worldlm, worldlm_paper, fedavg, hierfavg, fedper, local, centralized), strict=True
+))
+
+
+def arranged(config: Config, federation: Federation) -> Federation:
+  """The configured tree as the config's algorithm sees it."""
+  return ROWS[config.algorithm].arrange(federation)
+
+
+def adapted(config: Config) -> Config:
+  """The config as its algorithm wants it; only `worldlm_paper` changes anything."""
+  return worldlm_paper.adapt(config) if config.algorithm == "worldlm_paper" else config
+
+
+def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
+  """The pair of rules of the config's algorithm."""
+  return ROWS[config.algorithm].make(config, arch, federation)
+
+
+def num_key_layers(config: Config) -> int:
+  """How many of the last blocks are key layers under the config's algorithm."""
+  return configured_key_layers(config.model) if ROWS[config.algorithm].has_key_layers else 0

@@ -1,6 +1,6 @@
 """An algorithm is a rule for the backbone and a rule for the key layers; the rest is the same for all.
 
-`down` and `up` are one phase of one level: they hand the rules what they need, keep the books (tokens,
+`down` and `up` are one phase of one level: they hand the rules what they need, keep the books (weights,
 who trained, residual layers) and leave nodes that take no part as they were. Both are pure functions
 of stacked states, to be jitted once per level.
 """
@@ -9,8 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from worldlm_jax import trees
+from worldlm_jax.config import BackboneConfig
+from worldlm_jax.exchange import backbone as backbone_lib, relevance
 from worldlm_jax.exchange.residuals import Residuals
 from worldlm_jax.state import LevelState, Topology
 
@@ -22,6 +25,9 @@ class NodeInputs(NamedTuple):
 
   active: Any  # bool: takes part in this phase
   temperature: Any  # float32, of this phase
+  backbone_rounds: Any  # float32: how many rounds it takes its parent's backbone as it is, if fully relevant
+  key_layer_rounds: Any  # float32: the same for key layers
+  full_relevance: Any  # float32: the least relevance that is full
   validated: Any  # bool: keeps its own key layers where the mixed ones are worse
   windows: Any  # int32 [E, W]: its validation batch; E is 0 where no rule needs one
   num_windows: Any  # int32: how many of them it has; 0 without data
@@ -37,9 +43,8 @@ class PhaseInputs(NamedTuple):
 class BackboneRule(NamedTuple):
   """How backbones go down and up."""
 
-  receive: Any  # (own [N, ...], parents' [N, ...]) -> [N, ...]
-  merge: Any  # (own [P, ...], server state, members' [C, ...], parent [C], weights [C], own weights [P]) -> both new
-  counts_tokens: bool  # whether a member weighs as many tokens as it saw, or one
+  receive: Any  # (own [N, ...], parents' [N, ...], bool [N]: who takes the parent's as it is) -> [N, ...]
+  merge: Any  # (own [P, ...], server state, level of members, parent [C], weights [C], own weights [P]) -> both new
 
 
 class Descent(NamedTuple):
@@ -51,6 +56,7 @@ class Descent(NamedTuple):
   pool: Residuals | None  # the residual layers on this side of the tree, leaves [P, M, ...]
   above_in_pool: int  # how many of them, at the end, are what the level above received
   eligible: jax.Array | None  # bool [N, P]: who may get which
+  takes: jax.Array  # bool [N]: who takes the parent's key layers as they are
   topology: Topology
   nodes: NodeInputs
   phase: PhaseInputs
@@ -62,9 +68,12 @@ class Ascent(NamedTuple):
   level: LevelState
   below: LevelState
   backbone: trees.PyTree  # as just merged, leaves [N, ...]
+  weights: jax.Array  # float32 [C], of the level below: what its nodes weigh; 0 where they take no part
+  own_weights: jax.Array  # float32 [N]: the same for the federations' own training
   members_mask: jax.Array  # bool [N, S]: which of Topology.children took part
   below_member: jax.Array  # int32: the place in Federation.members of the nodes below
   topology: Topology
+  below_parent: np.ndarray  # int32 [C]: the federation of each node below
   nodes: NodeInputs
   phase: PhaseInputs
 
@@ -84,6 +93,36 @@ class Algorithm(NamedTuple):
 
   backbone: BackboneRule
   key_layers: KeyLayerRule
+  shares: tuple[str, ...]  # the parts of a model that cross an edge: "backbone", "key_layers"
+  tracks: tuple[str, ...] = ()  # the parts whose `LevelState.update` it looks at
+  weights: str = "uniform"  # what a member weighs: see BackboneConfig
+  needs_validation: bool = False  # whether it looks at the nodes' validation batches
+
+
+KEPT_BACKBONE = BackboneRule(lambda own, parents, takes: own, lambda own, server, *members: (own, server))
+
+
+class KeptKeyLayers(NamedTuple):
+  """Key layers that never leave their node, as a `KeyLayerRule`."""
+
+  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, Log]:
+    """Those it has."""
+    return descent.level.params["key_layers"], descent.level.received, {}
+
+  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
+    """Those it has."""
+    return ascent.level.params["key_layers"], {}, ascent.level.residuals, {}
+
+
+def averaged(config: BackboneConfig) -> BackboneRule:
+  """The members' weighted mean, applied by the server optimizer; members receive their federation's backbone."""
+  server = backbone_lib.server_optimizer(config)
+
+  def merge(own, state, below, parent, weights, own_weights):
+    difference = backbone_lib.mean_difference(own, below.params["backbone"], parent, weights, own_weights)
+    return backbone_lib.apply_server_optimizer(server, own, state, difference)
+
+  return BackboneRule(lambda own, parents, takes: parents, merge)
 
 
 def down(
@@ -101,20 +140,28 @@ def down(
     nodes: per-node inputs; nodes that are not active stay exactly as they are.
     phase: the round.
   """
+  if "backbone" in algorithm.tracks and above is not None:
+    weight = jnp.where(level.fresh, level.weight, 0.0)
+    found = relevance.relevance(level.update, weight, jnp.asarray(topology.parent), above.weight.shape[0])
+    level = level._replace(relevance=jnp.where(level.relevance == relevance.UNKNOWN, found, level.relevance))
   begun = level._replace(
     update=trees.zeros_like(level.update),
-    own_tokens=jnp.zeros_like(level.own_tokens), tokens=jnp.zeros_like(level.tokens),
+    own_weight=jnp.zeros_like(level.own_weight), weight=jnp.zeros_like(level.weight),
     trained=jnp.zeros_like(level.trained), fresh=jnp.zeros_like(level.fresh),
   )
   if above is None:
     return trees.where(nodes.active, begun, level), {}
-  backbone = algorithm.backbone.receive(level.params["backbone"], trees.take(above.params["backbone"], topology.parent))
+  parents = trees.take(above.params["backbone"], topology.parent)
+  backbone = algorithm.backbone.receive(
+    level.params["backbone"], parents, _takes(level, nodes, nodes.backbone_rounds, phase)
+  )
   key_layers, received = level.params["key_layers"], level.received
   log: Log = {}
   if key_layers:
     pool, above_in_pool, eligible = _pool(level, above, deeper, topology)
     key_layers, received, log = algorithm.key_layers.receive(
-      Descent(level, above, backbone, pool, above_in_pool, eligible, topology, nodes, phase)
+      Descent(level, above, backbone, pool, above_in_pool, eligible,
+              _takes(level, nodes, nodes.key_layer_rounds, phase), topology, nodes, phase)
     )
   after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
   return trees.where(nodes.active, after, level), log
@@ -136,27 +183,40 @@ def up(
     nodes: per-node inputs of the federations; those that are not active stay exactly as they are.
     phase: the round.
   """
-  counts_tokens = algorithm.backbone.counts_tokens
-  tokens = jnp.where(below_active & nodes.active[topology_below.parent], below.tokens, 0.0)
+  weight = jnp.where(below_active & nodes.active[topology_below.parent], below.weight, 0.0)
+  gained = jax.ops.segment_sum(weight, topology_below.parent, level.weight.shape[0])
+  own_weight = jnp.where(level.trained, level.own_weight, 0.0)
+  if algorithm.weights == "uniform":
+    weight, own_weight = jnp.float32(weight > 0), jnp.float32(level.trained)
   merged, server = algorithm.backbone.merge(
-    level.params["backbone"], level.server, below.params["backbone"], topology_below.parent,
-    tokens if counts_tokens else jnp.float32(tokens > 0),
-    jnp.where(level.trained, level.own_tokens, 0.0) if counts_tokens else jnp.float32(level.trained),
+    level.params["backbone"], level.server, below, topology_below.parent, weight, own_weight
   )
   members_mask = jnp.asarray(topology.children_mask) & below_active[topology.children]
   key_layers, update, residuals = level.params["key_layers"], level.update, level.residuals
+  if "backbone" in update:
+    moved = trees.subtract(merged, level.params["backbone"])
+    update = update | {"backbone": trees.add(update["backbone"], moved)}
   log: Log = {}
   if key_layers:
     below_member = jnp.asarray(topology_below.member)
-    key_layers, update, residuals, log = algorithm.key_layers.merge(
-      Ascent(level, below, merged, members_mask, below_member, topology, nodes, phase)
+    key_layers, key_update, residuals, log = algorithm.key_layers.merge(
+      Ascent(level, below, merged, weight, own_weight, members_mask, below_member, topology, topology_below.parent,
+             nodes, phase)
     )
-  gained = jax.ops.segment_sum(tokens, topology_below.parent, level.tokens.shape[0])
+    update = update | {"key_layers": key_update} if "key_layers" in update else update
   after = level._replace(
     params={"backbone": merged, "key_layers": key_layers}, server=server, update=update, residuals=residuals,
-    tokens=level.tokens + gained, fresh=level.fresh | (gained > 0),
+    weight=level.weight + gained, fresh=level.fresh | (gained > 0),
   )
   return trees.where(nodes.active & (gained > 0), after, level), log  # where nobody trained, nothing is merged
+
+
+def _takes(level: LevelState, nodes: NodeInputs, rounds: jax.Array, phase: PhaseInputs) -> jax.Array:
+  """Who takes the parent's part of the model as it is: bool `[N]`."""
+  full = jnp.where(nodes.full_relevance > 0, nodes.full_relevance, 1.0)
+  share = jnp.where(nodes.full_relevance > 0, jnp.clip(level.relevance / full, 0.0, 1.0), 1.0)
+  limit = jnp.ceil(share * jnp.where(jnp.isinf(rounds), 0.0, rounds))
+  return jnp.isinf(rounds) | (phase.round_index < limit)
 
 
 def _pool(

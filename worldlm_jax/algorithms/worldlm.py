@@ -24,23 +24,28 @@ from worldlm_jax.algorithms.rules import Algorithm, Ascent, BackboneRule, Descen
 from worldlm_jax.config import Config, KeyLayerConfig
 from worldlm_jax.exchange import attend, backbone as backbone_lib, residuals as residuals_lib
 from worldlm_jax.exchange.residuals import Residuals
+from worldlm_jax.federation import Federation, as_given
+
+arrange, has_key_layers = as_given, True
 
 
-def make(config: Config, arch: model.Architecture, *, any_validated: bool) -> Algorithm:
-  """The pair of rules; `any_validated` says whether some node's acceptance is "validated"."""
+def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
+  """The pair of rules."""
   server = backbone_lib.server_optimizer(config.backbone)
 
-  def merge(own, state, members, parent, weights, own_weights):
-    difference = backbone_lib.mean_difference(own, members, parent, weights, own_weights)
-    return backbone_lib.apply_server_optimizer(server, own, state, difference)
+  def receive(own, parents, takes):
+    return trees.where(takes, parents, own)
 
-  mean = BackboneRule(lambda own, parents: parents, merge, counts_tokens=config.backbone.weights == "tokens")
-  return Algorithm(mean, AttendRule(config.key_layers, arch, any_validated))
+  def merge(own, state, below, parent, weights, own_weights):
+    mean = backbone_lib.mean_update(below.update["backbone"], parent, weights, own_weights)
+    return backbone_lib.apply_server_optimizer(server, own, state, mean)
 
-
-def needs_validation_batch(config: KeyLayerConfig, any_validated: bool) -> bool:
-  """Whether the exchange looks at the nodes' validation batches."""
-  return any_validated or config.similarity == "validation_loss"
+  any_validated = any(member.settings.acceptance == "validated" for member in federation.members)
+  return Algorithm(
+    BackboneRule(receive, merge), AttendRule(config.key_layers, arch, any_validated), shares=("backbone", "key_layers"),
+    tracks=("backbone", "key_layers"), weights=config.backbone.weights,
+    needs_validation=any_validated or config.key_layers.similarity == "validation_loss",
+  )
 
 
 class AttendRule(NamedTuple):
@@ -56,7 +61,7 @@ class AttendRule(NamedTuple):
     over_updates = self.config.values == "updates"
     pool = self._news(descent) if over_updates else descent.pool
 
-    def one(node, own, update, parent, eligible_P, siblings_S, siblings_mask_S, backbone):
+    def one(node, takes, own, update, parent, eligible_P, siblings_S, siblings_mask_S, backbone):
       parents = trees.take(above.params["key_layers"], parent)
       received, log = None, {}
       if pool is not None and level.received is not None:
@@ -64,7 +69,8 @@ class AttendRule(NamedTuple):
         log = {"routed_origin": jnp.where(received.present, received.origin, -1), "routed_round": received.round}
       loss = self._loss(node, backbone)
       if over_updates:
-        candidates = _stack([trees.take(above.update, parent)], received, trees.take(level.update, siblings_S))
+        siblings = trees.take(level.update["key_layers"], siblings_S)
+        candidates = _stack([trees.take(above.update["key_layers"], parent)], received, siblings)
         mask_SxM = _masks(
           [above.trained[parent] & descent.phase.first_repeat], received,
           siblings_mask_S & level.fresh[siblings_S], own,
@@ -78,52 +84,59 @@ class AttendRule(NamedTuple):
         prior_S = jnp.ones(mask_SxM.shape[0])
         mixed, weights = self._attend_layers(query, candidates, mask_SxM, prior_S, node, loss, own_first=True)
       mixed, accepted = self._accept(own, mixed, node, loss)
+      from_parent = jnp.arange(mask_SxM.shape[0]) == (0 if over_updates else 1)
+      weights = jnp.where(takes, jnp.float32(from_parent)[:, None], weights)
+      mixed = trees.where(takes, parents, mixed)
       return mixed, received, log | {"weights": weights, "accepted": accepted}
 
     num_nodes = descent.nodes.active.shape[0]
     eligible_NxP = jnp.zeros((num_nodes, 0), bool) if descent.eligible is None else descent.eligible
     return jax.vmap(one)(
-      descent.nodes, level.params["key_layers"], level.update, topology.parent, eligible_NxP,
-      topology.siblings, topology.siblings_mask, descent.backbone,
+      descent.nodes, descent.takes, level.params["key_layers"], level.update["key_layers"], topology.parent,
+      eligible_NxP, topology.siblings, topology.siblings_mask, descent.backbone,
     )
 
   def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
     """The up-phase of a level: see `KeyLayerRule.merge`."""
     level, below = ascent.level, ascent.below
+    over_updates = self.config.values == "updates"
+    mean = backbone_lib.mean_update(
+      below.update["key_layers"], jnp.asarray(ascent.below_parent), ascent.weights, ascent.own_weights
+    )
 
-    def one(node, own, update, trained, own_tokens, members_S, mask_S, backbone):
-      base = trees.where(trained, update, trees.zeros_like(update))
-      tokens_S = below.tokens[members_S]
-      uniform = self.config.prior == "uniform"
+    def one(node, own, update, trained, own_weight, mean, members_S, mask_S, backbone):
       loss = self._loss(node, backbone)
-      over_updates = self.config.values == "updates"
       mask_S &= below.fresh[members_S] | (not over_updates)  # an old update has been used before
       mask_SxM = _masks([], None, mask_S, own)
+      weight_S = jnp.where(mask_S, ascent.weights[members_S], 0.0)
       if over_updates:
-        layers = trees.take(below.update, members_S)
-        prior_S = jnp.float32(tokens_S > 0) if uniform else tokens_S
-        addition, weights, use_SxM = self._attend_updates(base, layers, mask_SxM, prior_S)
-        mixed = trees.add(own, addition)
+        layers = trees.take(below.update["key_layers"], members_S)
+        total = jnp.sum(weight_S) + own_weight
+        mixed = trees.add(own, mean)
+        weights = jnp.broadcast_to((weight_S / jnp.where(total > 0, total, 1.0))[:, None], mask_SxM.shape)
+        use_SxM = attend.parameter_scores("update_cosine", "layer", mean, None, layers, mask_SxM)[0]
       else:
+        base = trees.where(trained, update, trees.zeros_like(update))
         layers = trees.take(below.params["key_layers"], members_S)
         all_mask_SxM = _masks([trained], None, mask_S, own)
-        prior_S = jnp.ones(all_mask_SxM.shape[0]) if uniform else jnp.append(own_tokens, tokens_S)
+        all_weights_S = jnp.append(own_weight, weight_S)
+        prior_S = jnp.ones_like(all_weights_S) if self.config.prior == "uniform" else all_weights_S
         query = own, *self._query(own, base, trees.subtract(own, base))
         mixed, weights = self._attend_layers(query, _stack([own], None, layers), all_mask_SxM, prior_S, node, loss)
         use_SxM = weights[1:]
       mixed, accepted = self._accept(own, mixed, node, loss)
-      if over_updates:  # what it takes over from its members is its own progress from now on
-        update = trees.where(accepted, trees.add(update, addition), update)
       sent = None
       if level.residuals is not None:
         # A federation with a single layer to take has nothing that it could not use.
         offered_SxM = mask_SxM & (jnp.sum(mask_S) + trained > 1)
         origin_S, count = ascent.below_member[members_S], level.residuals.present.shape[1]
         sent = residuals_lib.select(layers, use_SxM, offered_SxM, origin_S, ascent.phase.round_index, count)
+      # What it takes over from its members is its own progress from now on.
+      update = trees.add(update, trees.subtract(mixed, own)) if over_updates else update
       return mixed, update, sent, {"weights": weights, "accepted": accepted}
 
     return jax.vmap(one)(
-      ascent.nodes, level.params["key_layers"], level.update, level.trained, level.own_tokens,
+      ascent.nodes, level.params["key_layers"], level.update["key_layers"], level.trained, ascent.own_weights, mean,
       ascent.topology.children, ascent.members_mask, ascent.backbone,
     )
 

@@ -5,7 +5,7 @@ Shape suffixes: S steps, B windows per batch, L predicted tokens per window.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from worldlm_jax import checks, config, rngs
 from worldlm_jax.data import cache
 from worldlm_jax.data.tokenizer import Tokenizer
-from worldlm_jax.data.windows import Windows
+from worldlm_jax.data.windows import PADDING, Windows
 
 
 class NodeBatches:
@@ -43,6 +43,37 @@ class NodeBatches:
     return batches_SxBxL
 
 
+class PooledBatches:
+  """The batches of several nodes, round by round, mixed evenly into batches of one size.
+
+  Round r holds the very windows that the nodes take in round r; where they do not fill the last batch, it ends in
+  windows of padding.
+  """
+
+  def __init__(self, parts: Sequence[tuple[NodeBatches, int]], batch_size: int):
+    """`parts`: each node's batches and its steps per round."""
+    self._parts, self._batch_size = parts, batch_size
+
+  def round(self, index: int) -> np.ndarray:
+    """The batches of a round: int32 [S, B, L+1]."""
+    rows, places = [], []
+    for part, steps in self._parts:
+      windows = part.batches(index * steps, steps)
+      rows.append(windows.reshape(-1, windows.shape[-1]))
+      places.append((np.arange(len(rows[-1])) + 0.5) / max(1, len(rows[-1])))
+    mixed = np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
+    missing = -len(mixed) % self._batch_size
+    mixed = np.pad(mixed, [(0, missing), (0, 0)], constant_values=PADDING)
+    return mixed.reshape(-1, self._batch_size, mixed.shape[-1])
+
+  def batches(self, start: int, count: int) -> np.ndarray:
+    """The batches of a whole round of `count` steps, the first of which is step `start`: int32 [S, B, L+1]."""
+    assert start % count == 0, (start, count)
+    found = self.round(start // count)
+    assert len(found) == count, (len(found), count)
+    return found
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class NodeText:
   """The text of one node as windows. `digest` changes with any token of any split and with the tokenizer."""
@@ -69,25 +100,28 @@ class NodeText:
 
 def load(
   nodes: Sequence[tuple[str, config.Source]], data: config.DataConfig, tokenizer: Tokenizer,
-  report: Callable[[str], None] = lambda line: None,
+  report: Callable[[str], None] = lambda line: None, max_train_bytes: Mapping[str, int] | None = None,
 ) -> dict[str, NodeText]:
-  """The text of each (path, source), by path. `report` is told what is being tokenised.
+  """The text of each (path, source), by path.
+
+  `report` is told what is being tokenised; `max_train_bytes` has the limits of the nodes that have one.
 
   Raises:
     ValueError: a text cannot be read, or a split is too short for one window; names the node.
   """
-  texts = cache.load(nodes, data, tokenizer, report)
-  return {path: _node_text(path, text, data) for path, text in texts.items()}
+  limits = max_train_bytes or {}
+  texts = cache.load(nodes, data, tokenizer, report, limits)
+  return {path: _node_text(path, text, data, bool(limits.get(path))) for path, text in texts.items()}
 
 
-def _node_text(path: str, text: cache.Text, data: config.DataConfig) -> NodeText:
+def _node_text(path: str, text: cache.Text, data: config.DataConfig, limited: bool) -> NodeText:
   for name, split in text.splits.items():
     if data.packing == "stream":
       checks.require(split.counts.tokens > data.sequence_length, f"{path}: config.data.sequence_length",
                      data.sequence_length, f"at most {split.counts.tokens - 1}, because the {name} split has "
                      f"{split.counts.tokens} tokens and one window takes {data.sequence_length + 1}",
                      "set a shorter config.data.sequence_length, or use more text"
-                     + (" (config.data.max_train_bytes)" if name == "train" and data.max_train_bytes else ""))
+                     + (f" (--node={path}.max_train_bytes=...)" if name == "train" and limited else ""))
   windows = {
     name: Windows(split.tokens, data.sequence_length, split.starts if data.packing == "documents" else None)
     for name, split in text.splits.items()

@@ -4,6 +4,7 @@
   CACHE/<key>/{train,valid,test}.documents   uint64, where each document's separator stands
   CACHE/<key>/{train,valid,test}.hashes      uint64, sorted: the digests of the documents
   CACHE/<key>/meta.json                      counts; written last
+  CACHE/<key>/compressor.json                see compression.py; added at the first need
 
 The files are memory-mapped, so that a text of any size takes no memory to speak of. A text is made in
 `<key>.partial` under a lock and renamed when it is whole: a crash half-way leaves nothing that looks
@@ -53,6 +54,7 @@ class Text:
   splits: dict[str, Split]
   digest: str  # 16 hex digits
   lossless: bool  # whether the tokenizer gives the text back, as far as that was tried
+  place: Path  # the folder of its files
 
 
 def folder(data: config.DataConfig) -> Path:
@@ -64,21 +66,23 @@ def folder(data: config.DataConfig) -> Path:
 
 def load(
   nodes: Sequence[tuple[str, config.Source]], data: config.DataConfig, tokenizer: Tokenizer,
-  report: Callable[[str], None],
+  report: Callable[[str], None], max_train_bytes: Mapping[str, int] | None = None,
 ) -> dict[str, Text]:
   """The tokenised text of each (path, source), by path; made where the cache does not hold it.
 
   Nodes that choose among the documents of the same base are made in one pass over it, others side by
-  side. `report` is told what is being made.
+  side. `report` is told what is being made. `max_train_bytes` has the limits of the nodes that have one,
+  by path (0: none).
 
   Raises:
     ValueError: a source cannot be read, or has too few documents, or the cache is no folder; names the node.
     OSError: the cache cannot be written.
   """
-  wanted = [_Wanted(path, source, tuple(sources.choices(source))) for path, source in nodes]
+  limits = max_train_bytes or {}
+  wanted = [_Wanted(path, source, tuple(sources.choices(source)), limits.get(path, 0)) for path, source in nodes]
   opened = _open_bases(wanted, data.invalid_utf8)
   fingerprints = {name: corpus.fingerprint for name, corpus in opened.items()}
-  keys = {w.path: _key(w.source, fingerprints, data, tokenizer) for w in wanted}
+  keys = {w.path: _key(w, fingerprints, data, tokenizer) for w in wanted}
   root = folder(data)
   _allow_open_files(12 * len(nodes) + 256)
   first = {keys[w.path]: w for w in reversed(wanted)}  # the same text may lie at several nodes
@@ -116,6 +120,7 @@ class _Wanted(NamedTuple):
   path: str
   source: config.Source
   choices: tuple[sources.Choice, ...]
+  max_train_bytes: int
 
 
 def _open_bases(wanted: Sequence[_Wanted], invalid_utf8: str) -> dict[str, documents.Corpus]:
@@ -138,8 +143,8 @@ def _naming(path: str) -> Iterator[None]:
     raise checks.InputError(f"{path}: {error}") from error
 
 
-def _key(source: config.Source, fingerprints: Mapping[str, str], data: config.DataConfig, tokenizer: Tokenizer) -> str:
-  what = [VERSION, tokenizer.name, data.max_train_bytes, data.invalid_utf8, sources.identity(source, fingerprints)]
+def _key(w: _Wanted, fingerprints: Mapping[str, str], data: config.DataConfig, tokenizer: Tokenizer) -> str:
+  what = [VERSION, tokenizer.name, w.max_train_bytes, data.invalid_utf8, sources.identity(w.source, fingerprints)]
   return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -224,10 +229,9 @@ class _Making:
 
   def _write(self, left: Sequence[_Wanted], bounds: dict[str, documents.SplitBounds]) -> dict[str, writing.Writer]:
     """One pass over the bases, or two where a limit has to see everything first. Changes `bounds` for another try."""
-    limits: dict[str, writing.TrainLimit] = {}
-    if self.data.max_train_bytes:
-      limits = {w.path: writing.TrainLimit(self.data.max_train_bytes, bounds[w.path]) for w in left}
-      self._read_bases(left, limits)
+    limited = [w for w in left if w.max_train_bytes]
+    limits = {w.path: writing.TrainLimit(w.max_train_bytes, bounds[w.path]) for w in limited}
+    self._read_bases(limited, limits)
     num_parts = sum(len(w.choices) for w in left)
     writers = {
       w.path: writing.Writer(self._partial(w), self.tokenizer, bounds[w.path], limits.get(w.path), len(w.choices),
@@ -292,7 +296,7 @@ def _read(place: Path, tokenizer: Tokenizer) -> Text | None:
       if any(len(array) != lengths[kind] for kind, array in arrays.items()):
         return None
       splits[name] = Split(arrays["tokens"], arrays["documents"], arrays["hashes"], counts)
-    return Text(splits, meta["digest"], meta["lossless"])
+    return Text(splits, meta["digest"], meta["lossless"], place)
   except (OSError, ValueError, KeyError, TypeError):
     return None
 

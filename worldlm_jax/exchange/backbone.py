@@ -46,16 +46,23 @@ def mean_difference(
   Returns:
     Leaves `[P, ...]`; zero where no member counts.
   """
+  difference_C = jax.tree.map(lambda leaf_P, leaf_C: leaf_C - leaf_P[parent_C], backbone_P, members_C)
+  return mean_update(difference_C, parent_C, weight_C, own_weight_P)
+
+
+def mean_update(
+  update_C: trees.PyTree, parent_C: jax.Array, weight_C: jax.Array, own_weight_P: jax.Array
+) -> trees.PyTree:
+  """The weighted mean of the members' updates, leaves `[C, ...]`; the rest is as in `mean_difference`."""
   num_federations = own_weight_P.shape[0]
   total_P = jax.ops.segment_sum(weight_C, parent_C, num_federations) + own_weight_P
   share_C = jnp.where(weight_C > 0, weight_C / jnp.where(total_P > 0, total_P, 1.0)[parent_C], 0.0)
 
-  def mean(leaf_P: jax.Array, leaf_C: jax.Array) -> jax.Array:
+  def mean(leaf_C: jax.Array) -> jax.Array:
     share = share_C.reshape(-1, *[1] * (leaf_C.ndim - 1))
-    difference = jnp.where(share > 0, (leaf_C - leaf_P[parent_C]) * share, 0.0)
-    return jax.ops.segment_sum(difference, parent_C, num_federations)
+    return jax.ops.segment_sum(jnp.where(share > 0, leaf_C * share, 0.0), parent_C, num_federations)
 
-  return jax.tree.map(mean, backbone_P, members_C)
+  return jax.tree.map(mean, update_C)
 
 
 def apply_server_optimizer(

@@ -1,0 +1,124 @@
+"""Law 4: the algorithms meet where they should. And what each shares, and with whom."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from worldlm_jax import algorithms, config as config_lib, federation as federation_lib
+
+
+def leaves_only(rounds, **settings):
+  """Two federations without text of their own; unequal texts, steps and batches."""
+  node = rounds.node
+  return node(
+    "world",
+    node("a", node("p"), node("q", local_steps=3, batch_size=3), data=False),
+    node("b", node("s"), node("t", local_steps=1), node("u"), data=False),
+    data=False, **settings,
+  )
+
+
+def with_inner_text(rounds):
+  node = rounds.node
+  return node("world", node("a", node("p"), node("q", local_steps=3), rounds_per_parent_round=2), node("b"))
+
+
+def trained(rounds, root, algorithm, **key_layers):
+  config = rounds.tiny_config(root, **key_layers)
+  config.algorithm = algorithm
+  return config
+
+
+def same_everywhere(rounds, one, other, paths, atol=1e-6, part=None):
+  """Runs both for three rounds and compares the models of some nodes (path here -> path there)."""
+  here, there = (rounds.run(config, rounds=3).params() for config in (one, other))
+  for path, path_there in paths.items():
+    a, b = here[path], there[path_there]
+    rounds.assert_trees_close(*((a[part], b[part]) if part else (whole(a), whole(b))), atol, f"node {path}: ")
+
+
+def whole(params):
+  """A model's parameters with all blocks in one stack, however they are split."""
+  blocks = [params["backbone"]["blocks"], *([params["key_layers"]] if params["key_layers"] else [])]
+  return params["backbone"] | {"blocks": jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)}
+
+
+@pytest.mark.parametrize("weights", ["text", "tokens", "uniform"])
+def test_worldlm_without_key_layers_is_hierfavg(rounds, weights):
+  worldlm, hierfavg = (trained(rounds, with_inner_text(rounds), name) for name in ("worldlm", "hierfavg"))
+  worldlm.model.key_layer_share = 0.0
+  worldlm.backbone.weights = hierfavg.backbone.weights = weights
+  same_everywhere(rounds, worldlm, hierfavg, {path: path for path in (".", "a", "a/p", "a/q", "b")})
+
+
+@pytest.mark.parametrize("server", ["sgd", "nesterov", "adam"])
+def test_over_one_level_worldlm_without_key_layers_is_fedavg(rounds, server):
+  root = rounds.node("world", rounds.node("p"), rounds.node("q", local_steps=3), data=False)
+  worldlm, fedavg = (trained(rounds, root, name) for name in ("worldlm", "fedavg"))
+  worldlm.model.key_layer_share = 0.0
+  for config in (worldlm, fedavg):
+    config.backbone = dataclasses.replace(config.backbone, server_optimizer=server, server_learning_rate=0.5)
+  same_everywhere(rounds, worldlm, fedavg, {".": "..", "p": "p", "q": "q"}, atol=1e-5 if server == "adam" else 1e-6)
+
+
+def test_without_inner_texts_and_weighted_by_text_hierfavg_is_fedavg(rounds):
+  hierfavg, fedavg = (trained(rounds, leaves_only(rounds), name) for name in ("hierfavg", "fedavg"))
+  same_everywhere(rounds, hierfavg, fedavg, {".": "..", "a/p": "a/p", "b/t": "b/t"})
+
+
+def test_worldlm_that_keeps_its_key_layers_is_fedper(rounds):
+  options = {"values": "layers", "similarity": "param_cosine", "residuals_per_layer": 0}
+  worldlm = trained(rounds, leaves_only(rounds, down_temperature=0.0), "worldlm", **options)
+  fedper = trained(rounds, leaves_only(rounds), "fedper")
+  same_everywhere(rounds, worldlm, fedper, {path: path for path in ("a/p", "a/q", "b/s", "b/t", "b/u")})
+  same_everywhere(rounds, worldlm, fedper, {path: path for path in (".", "a", "b")}, part="backbone")
+
+
+def test_independent_from_the_start_and_deaf_worldlm_is_training_alone(rounds):
+  worldlm = trained(rounds, with_inner_text(rounds), "worldlm", update_threshold=1.0, residuals_per_layer=0)
+  worldlm.node.backbone_independence = worldlm.node.key_layer_independence = math.inf
+  local = trained(rounds, with_inner_text(rounds), "local")
+  same_everywhere(rounds, worldlm, local, {path: path for path in ("a/p", "a/q", "b")})
+
+
+def test_the_key_layers_of_worldlm_that_never_goes_its_own_way_are_averaged_too(rounds):
+  worldlm = trained(rounds, leaves_only(rounds), "worldlm")
+  worldlm.node.key_layer_independence = 0.0
+  hierfavg = trained(rounds, leaves_only(rounds), "hierfavg")
+  same_everywhere(rounds, worldlm, hierfavg, {path: path for path in (".", "a", "b", "a/p", "b/t")})
+
+
+def test_fedprox_holds_a_node_near_to_where_its_round_began(rounds):
+  moved = []
+  for proximal in (0.0, 30.0):
+    config = trained(rounds, rounds.node("alone", local_steps=3), "local")
+    config.optimizer = dataclasses.replace(config.optimizer, name="sgd", proximal=proximal)
+    begin = jax.tree.map(lambda leaf: leaf[0], rounds.Harness(config).state[0].params)
+    change = jax.tree.map(np.subtract, rounds.run(config, rounds=1).params()["."], jax.device_get(begin))
+    moved.append(math.sqrt(sum(float(np.sum(leaf**2)) for leaf in jax.tree.leaves(change))))
+  assert 0 < moved[1] < 0.8 * moved[0]
+
+
+@pytest.mark.parametrize(("name", "shares"), [
+  ("worldlm", {"backbone", "key_layers"}), ("worldlm_paper", {"backbone", "key_layers"}), ("fedavg", {"backbone"}),
+  ("hierfavg", {"backbone"}), ("fedper", {"backbone"}), ("local", set()), ("centralized", set()),
+])
+def test_what_crosses_an_edge(rounds, name, shares):
+  config = trained(rounds, with_inner_text(rounds), name)
+  federation = algorithms.arranged(config, federation_lib.resolve(config))
+  algorithm = algorithms.make(config, None, federation)
+  assert set(algorithm.shares) == shares
+  assert algorithms.num_key_layers(config) == (2 if name in ("worldlm", "worldlm_paper", "fedper") else 0)
+  assert len(federation.levels) == (2 if name in ("fedavg", "centralized") else 3)
+
+
+def test_the_paper_s_choices_replace_the_config_s():
+  config = config_lib.Config(algorithm="worldlm_paper")
+  adapted = algorithms.adapted(config)
+  assert (adapted.key_layers.values, adapted.key_layers.similarity) == ("layers", "scaled_dot")
+  assert adapted.node.up_temperature == 1 and adapted.node.backbone_independence == 0
+  assert config.key_layers.values == "updates" and config.node.up_temperature != 1  # the config stays as it was
+  assert algorithms.adapted(config_lib.Config()) == config_lib.Config()

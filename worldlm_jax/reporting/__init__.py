@@ -1,0 +1,1 @@
+"""The report: from the files of a run or a comparison to one page that explains itself."""
