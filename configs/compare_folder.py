@@ -13,7 +13,7 @@ A model of 45 thousand parameters, small enough that every entry can be trained 
 personalised model is that of the round in which its validation loss was lowest, for all entries alike.
 """
 
-from worldlm_jax import config as c
+from worldlm_jax import config as c, model
 
 ROUNDS = 20
 
@@ -23,7 +23,7 @@ def get_config(kappa: str = "1") -> c.Comparison:
   base = c.Config(
     rounds=ROUNDS,
     node=c.NodeSettings(local_steps=20, batch_size=8, learning_rate=1.2e-2, warmup_steps=20),
-    model=c.ModelConfig(num_layers=3, d_model=32, num_heads=2, num_kv_heads=1, d_ff=96),
+    model=model.PRESETS["nano"](),
     data=c.DataConfig(sequence_length=64),
     evaluation=c.EvaluationConfig(valid_windows=32, test_windows=128, personalised="best"),
     checkpoint=c.CheckpointConfig(every_rounds=20, keep_last=1, keep_best=0),

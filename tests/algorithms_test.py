@@ -42,7 +42,7 @@ def same_everywhere(rounds, one, other, paths, atol=1e-6, part=None):
 
 def whole(params):
   """A model's parameters with all blocks in one stack, however they are split."""
-  blocks = [params["backbone"]["blocks"], *([params["key_layers"]] if params["key_layers"] else [])]
+  blocks = [stack for stack in (params["backbone"]["blocks"], params["key_layers"]) if stack]
   return params["backbone"] | {"blocks": jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)}
 
 

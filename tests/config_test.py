@@ -119,21 +119,11 @@ def test_similarities_other_than_of_updates_go_with_layers() -> None:
     federation.resolve(_changed(_changed(_tree(), "key_layers.values", "layers"), "key_layers.similarity", similarity))
 
 
-@pytest.mark.parametrize(("num_layers", "share", "count"), [(4, 0.3, 1), (7, 0.5, 4), (5, 0.0, 0), (1, 0.3, 0)])
+@pytest.mark.parametrize(("num_layers", "share", "count"), [(4, 0.3, 1), (7, 0.5, 4), (5, 0.0, 0), (1, 0.3, 0), (3, 1.0, 3)])
 def test_number_of_key_layers(num_layers: int, share: float, count: int) -> None:
   model = c.ModelConfig(num_layers=num_layers, key_layer_share=share)
   assert c.num_key_layers(model) == count
   federation.resolve(dataclasses.replace(_tree(), model=model))
-
-
-@pytest.mark.parametrize(("num_layers", "share", "most"), [(5, 1.0, "0.8"), (3, 0.9, "0.667"), (1, 1.0, "0")])
-def test_key_layers_leave_a_backbone(num_layers: int, share: float, most: str) -> None:
-  config = dataclasses.replace(_tree(), model=c.ModelConfig(num_layers=num_layers, key_layer_share=share))
-  assert _message(config) == (
-    f"config.model.key_layer_share={share}: expected a share that leaves at least one of num_layers={num_layers} "
-    f"blocks to the backbone; use at most {most}"
-  )
-  federation.resolve(_changed(config, "model.key_layer_share", float(most) - 1e-2 * (num_layers > 1)))
 
 
 def test_to_dict_is_json_that_survives_a_round_trip() -> None:

@@ -51,15 +51,15 @@ def tokens_of(seed, *shape):
 
 def join(params):
   """All blocks, `[L, ...]`."""
-  blocks, key_layers = params["backbone"]["blocks"], params["key_layers"]
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves), blocks, key_layers) if key_layers else blocks
+  stacks = [stack for stack in (params["backbone"]["blocks"], params["key_layers"]) if stack]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *stacks)
 
 
 def split(params, num_key_layers):
   """The same blocks with another share of key layers."""
   blocks, cut = join(params), L - num_key_layers
   key_layers = jax.tree.map(lambda leaf: leaf[cut:], blocks) if num_key_layers else {}
-  backbone = params["backbone"] | {"blocks": jax.tree.map(lambda leaf: leaf[:cut], blocks)}
+  backbone = params["backbone"] | {"blocks": jax.tree.map(lambda leaf: leaf[:cut], blocks) if cut else {}}
   return {"backbone": backbone, "key_layers": key_layers}
 
 
@@ -152,7 +152,7 @@ def test_the_gradient_of_a_loss_with_respect_to_later_tokens_is_exactly_zero():
 def test_any_share_of_key_layers_is_the_same_function():
   params, tokens = start(small()), tokens_of(2, B, T)
   expected = apply(small(), params, tokens)
-  for m, share in ((0, 0.0), (2, 0.6)):
+  for m, share in ((0, 0.0), (2, 0.6), (3, 1.0)):
     arch = small(key_layer_share=share)
     assert arch.num_key_layers == m
     np.testing.assert_allclose(apply(arch, split(params, m), tokens), expected, atol=1e-5)
@@ -276,6 +276,7 @@ def test_initial_parameters_have_the_documented_spread():
 
 
 @pytest.mark.parametrize(("name", "count"), [
+  ("nano", 45_312),
   ("tiny", 431_040),
   ("75m", 74_128_896),
   ("125m", 123_685_632),

@@ -249,7 +249,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_left_alone(texts, finish
   (workdir / "summary.json").unlink()
   newest = workdir / "checkpoints" / str(ROUNDS * train.PLACES_PER_ROUND)
   (record,) = newest.glob("record/metadata")
-  record.write_text(record.read_text().replace(".own_tokens\"", ".old_tokens\""))
+  record.write_text(record.read_text().replace(".own_weight\"", ".old_weight\""))
   with pytest.raises(ValueError, match=r"checkpoint=.*arrays of this version's state \(.*tokens.*--overwrite"):
     train.run(tiny_run(texts), workdir)
   assert newest.is_dir()

@@ -15,7 +15,7 @@ def initial_parameters(params: model.Params) -> str:
   """16 hex digits of a model's parameters, however its blocks are split into backbone and key layers."""
   params = jax.device_get(params)
   backbone = dict(params["backbone"])
-  blocks = [backbone.pop("blocks"), *([params["key_layers"]] if params["key_layers"] else [])]
+  blocks = [stack for stack in (backbone.pop("blocks"), params["key_layers"]) if stack]
   whole = backbone | {"blocks": jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)}
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(whole):

@@ -74,7 +74,7 @@ def init(arch: Architecture, key: jax.Array) -> Params:
   split = arch.num_layers - arch.num_key_layers
   backbone = {
     "embedding": _spread(arch) * jax.random.normal(key_embed, (arch.vocab_size, arch.d_model)),
-    "blocks": jax.tree.map(lambda leaf: leaf[:split], blocks),
+    "blocks": jax.tree.map(lambda leaf: leaf[:split], blocks) if split else {},
     "final_norm": jnp.ones(arch.d_model),
   }
   if not arch.tied_head:
@@ -101,7 +101,8 @@ def apply(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> jax.Arra
     document_BxT = jnp.cumsum(tokens_BxT == arch.document_separator, axis=1)
     mask_Bx1xTxT = (document_BxT[:, :, None] == document_BxT[:, None, :])[:, None]
   x_BxTxD = backbone["embedding"].astype(dtype)[tokens_BxT]
-  x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD, mask_Bx1xTxT)
+  if arch.num_key_layers < arch.num_layers:
+    x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD, mask_Bx1xTxT)
   if arch.num_key_layers:
     x_BxTxD = _apply_blocks(arch, params["key_layers"], x_BxTxD, mask_Bx1xTxT)
   x_BxTxD = _rms_norm(x_BxTxD, backbone["final_norm"], arch.norm_epsilon)
