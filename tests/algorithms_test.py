@@ -46,7 +46,7 @@ def whole(params):
   return params["backbone"] | {"blocks": jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)}
 
 
-@pytest.mark.parametrize("weights", ["text", "tokens", "uniform"])
+@pytest.mark.parametrize("weights", ["text", "uniform"])
 def test_worldlm_without_key_layers_is_hierfavg(rounds, weights):
   worldlm, hierfavg = (trained(rounds, with_inner_text(rounds), name) for name in ("worldlm", "hierfavg"))
   worldlm.model.key_layer_share = 0.0
@@ -54,14 +54,14 @@ def test_worldlm_without_key_layers_is_hierfavg(rounds, weights):
   same_everywhere(rounds, worldlm, hierfavg, {path: path for path in (".", "a", "a/p", "a/q", "b")})
 
 
-@pytest.mark.parametrize("server", ["sgd", "nesterov", "adam"])
+@pytest.mark.parametrize("server", ["sgd", "nesterov"])
 def test_over_one_level_worldlm_without_key_layers_is_fedavg(rounds, server):
   root = rounds.node("world", rounds.node("p"), rounds.node("q", local_steps=3), data=False)
   worldlm, fedavg = (trained(rounds, root, name) for name in ("worldlm", "fedavg"))
   worldlm.model.key_layer_share = 0.0
   for config in (worldlm, fedavg):
     config.backbone = dataclasses.replace(config.backbone, server_optimizer=server, server_learning_rate=0.5)
-  same_everywhere(rounds, worldlm, fedavg, {".": "..", "p": "p", "q": "q"}, atol=1e-5 if server == "adam" else 1e-6)
+  same_everywhere(rounds, worldlm, fedavg, {".": "..", "p": "p", "q": "q"})
 
 
 def test_without_inner_texts_and_weighted_by_text_hierfavg_is_fedavg(rounds):

@@ -81,7 +81,8 @@ def test_engine_equals_the_loop_in_every_mode(rounds, change):
     config.node.full_relevance = 0.1 if change.endswith("relevance") else 0.0
   else:
     config.model.key_layer_share = 0.0
-  check_against_oracle(rounds, config, num_rounds=3 if absent or change.startswith("independence") else 2, absent=absent)
+  num_rounds = 3 if absent or change.startswith("independence") else 2
+  check_against_oracle(rounds, config, num_rounds=num_rounds, absent=absent)
 
 
 def random_trees():

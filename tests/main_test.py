@@ -147,7 +147,8 @@ def test_the_summary_adds_up(finished: tuple[list[str], Path, str]) -> None:
   workdir = finished[1]
   rows, summary = _rows(workdir), json.loads((workdir / "summary.json").read_text(), parse_constant=pytest.fail)
   assert summary.keys() == {
-    "nodes", "tree", "tokens", "bytes_down", "bytes_up", "seconds", "waiting_for_data_share", "duplicates", "matrix", "fairness"
+    "nodes", "tree", "tokens", "bytes_down", "bytes_up", "seconds", "waiting_for_data_share", "duplicates", "matrix",
+    "fairness"
   }
   nodes = summary["nodes"]
   assert list(nodes) == [".", "law", "medicine"]
@@ -235,7 +236,8 @@ def test_text_that_is_too_short_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-  (["--config.rouns=3"], "error: --config.rouns: field='rouns': expected one of 'algorithm', 'seed', 'rounds', 'schedule', "
+  (["--config.rouns=3"], "error: --config.rouns: field='rouns': expected one of 'algorithm', 'seed', 'rounds', "
+   "'schedule', "
    "'nodes_at_once', 'federation', 'node', 'model', 'data', 'optimizer', 'backbone', 'key_layers', 'evaluation', "
    "'checkpoint', 'logging'; did you mean 'rounds'?"),
   (["--config.model.num_layers=2.5"], "error: flag --config.model.num_layers=2.5: invalid literal for int()"),

@@ -48,8 +48,8 @@ def failed(error: Exception) -> int:
   if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
     raise error
   if isinstance(error, jax.errors.JaxRuntimeError):
-    print(f"error: {str(error).splitlines()[0]}\ntry a lower nodes_at_once or optimizer.microbatch_size, or "
-          "model.remat", file=sys.stderr)
+    print(f"error: {str(error).splitlines()[0]}\ntry a lower config.nodes_at_once or "
+          "config.optimizer.microbatch_size, or config.model.remat", file=sys.stderr)
   else:
     print(f"error: {error}", file=sys.stderr)
   return BAD_INPUT if isinstance(error, checks.InputError) else FAILED

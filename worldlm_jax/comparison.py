@@ -201,6 +201,8 @@ class _Comparison:
     runs = {name: [self._read(each) for each in planned if each.entry == name] for name in names}
     found = verdicts.results(runs, self.paths)
     config = {each.entry: each.config for each in planned}
+    # Nobody who could pool the texts would ask; it is a reference, not an option.
+    options = {name: entry for name, entry in found.items() if config[name].algorithm != "centralized"}
     overrides = {entry.name: config_lib.to_dict(entry.overrides) for entry in self.comparison.entries}
     arch = model.architecture(self.all[0].config.model, self.tokenizer.vocab_size, None)
     return {
@@ -209,7 +211,7 @@ class _Comparison:
       "seeds": list(self.comparison.seeds), "command": self.command,
       "parameters": trees.num_parameters(model.abstract_params(arch)),
       "nodes": self._nodes(), "results": found,
-      "verdicts": [verdicts.verdict(path, found, own, alone if alone in names else None) for path in self.paths],
+      "verdicts": [verdicts.verdict(path, options, own, alone if alone in names else None) for path in self.paths],
       "fairness": verdicts.fairness(list(zip(*runs.values(), strict=True))),
       "runs": [
         {"entry": each.entry, "seed": each.seed, "workdir": str(each.folder),
@@ -295,7 +297,7 @@ class _Pace:
       usual = (self._clock() - self._begin) / made_here
     else:
       return ""
-    return f" (all in ~{progress._duration((1 - done + self._after) * usual)})"
+    return f" (all in ~{progress.duration((1 - done + self._after) * usual)})"
 
 
 class _Nested:

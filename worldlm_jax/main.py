@@ -27,15 +27,8 @@ def main(_: list[str]) -> int:
   except train.Interrupted as stop:
     print(stop, file=sys.stderr)
     return command.INTERRUPTED
-  except (checks.InputError, FloatingPointError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return command.BAD_INPUT if isinstance(error, checks.InputError) else command.FAILED
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    print(f"error: {str(error).splitlines()[0]}\ntry a lower --config.nodes_at_once or "
-          "--config.optimizer.microbatch_size, or --config.model.remat", file=sys.stderr)
-    return command.FAILED
+  except (checks.InputError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
+    return command.failed(error)
   print(progress.closing_lines(summary, str(_WORKDIR.value)))
   return command.OK
 

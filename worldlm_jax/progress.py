@@ -109,7 +109,7 @@ class PlainLines:
 
   def round(self, round_index: int, rows: Sequence[Row], seconds: float) -> None:
     self._pace.finished.append(seconds)
-    heading = [f"{self._pace.label(round_index)}, {_duration(seconds)}",
+    heading = [f"{self._pace.label(round_index)}, {duration(seconds)}",
                "tokens", "loss", "received", "personalised", "change", "learnt most from"]
     cells = [[row.name if row.path == "." else row.path, *row.values()] for row in rows]
     self._print(_aligned([heading, *cells]))
@@ -153,7 +153,7 @@ class LiveTable:
   def round(self, round_index: int, rows: Sequence[Row], seconds: float) -> None:
     self._pace.finished.append(seconds)
     self._rows = tuple(rows)
-    self.phase(round_index, f"done in {_duration(seconds)}", 1.0)
+    self.phase(round_index, f"done in {duration(seconds)}", 1.0)
     self._live.refresh()
 
   def message(self, text: str) -> None:
@@ -210,7 +210,7 @@ class _Pace:
     if not self.finished or rounds_left <= 0:
       return ""
     usual = self.finished[1:] or self.finished  # the first one also compiles
-    return f"about {_duration(rounds_left * sum(usual) / len(usual))} left"
+    return f"about {duration(rounds_left * sum(usual) / len(usual))} left"
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:
@@ -245,7 +245,8 @@ def _count(value: int) -> str:
   return str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+  """Seconds as people say them, such as "42 s" or "1 h 5 min"."""
   if seconds < 10:
     return f"{seconds:.1f} s"
   if seconds < 100:

@@ -34,3 +34,7 @@ class Stop:
     finally:
       for number, handler in before.items():
         signal.signal(number, handler)
+      if self.name:  # too late to stop anything here, perhaps, but whoever listened before may still want to
+        handler = before[signal.Signals[self.name]]
+        if callable(handler) and handler is not signal.default_int_handler:
+          handler(signal.Signals[self.name], None)
