@@ -88,6 +88,7 @@ set_up() {
   fi
   # The extra is on top of the rest, so that the quick start has what it needs after the tests.
   printf '%s\n' "$state " "$state $extra" >$installed
+  if [[ $extra == dev ]]; then printf '%s\n' "$state data" "$state report" >>$installed; fi
   rm -f $unfinished "$log"
 }
 

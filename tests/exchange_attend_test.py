@@ -82,9 +82,9 @@ def attend_layers(query, candidates, mask_SxM, prior_S, temperature, *, similari
 
 
 @functools.partial(jax.jit, static_argnames="granularity")
-def attend_updates(update, candidates, mask_SxM=ALL_THERE, prior_S=UNIFORM, *, granularity="layer",
-                   strength=1.0, threshold=0.1, norm_cap=1.0):
-  return attend.attend_updates(update, candidates, mask_SxM, prior_S, granularity,
+def attend_updates(update, candidates, mask_SxM=ALL_THERE, *, granularity="layer", strength=1.0, threshold=0.1,
+                   norm_cap=1.0):
+  return attend.attend_updates(update, candidates, mask_SxM, granularity,
                                strength=strength, threshold=threshold, norm_cap=norm_cap)
 
 
@@ -388,18 +388,12 @@ def test_updates_that_point_away_count_for_nothing():
     np.testing.assert_array_equal(with_it[0][name], without[0][name])
 
 
-def test_a_node_without_an_update_follows_the_weighted_mean():
-  candidates, prior = draw(4, S), np.array([3, 5, 0, 7, 11], np.float32)
+def test_to_a_node_without_an_update_nothing_is_relevant():
+  candidates = with_nan_where_absent(draw(4, S), SOME_THERE)
   nothing = each(lambda leaf: np.zeros(leaf.shape[1:], np.float32), candidates)
-  addition, weights, cosines = attend_updates(nothing, with_nan_where_absent(candidates, SOME_THERE), SOME_THERE, prior)
-  shares = SOME_THERE * prior[:, None]
-  shares = shares / shares.sum(axis=0)
-  np.testing.assert_allclose(weights[0], shares, atol=1e-6)
-  mean = each(lambda leaf: np.einsum("sm,sm...->m...", shares, leaf), candidates)
-  for name in SHAPES:
-    np.testing.assert_allclose(addition[name], mean[name], atol=1e-6)
-  similar = scores_in_numpy("param_cosine", "layer", mean, None, candidates)
-  np.testing.assert_allclose(cosines, SOME_THERE * similar, atol=1e-6)
+  addition, weights, _ = attend_updates(nothing, candidates, SOME_THERE, threshold=-1.0)
+  assert not np.any(weights)
+  assert all(not np.any(addition[name]) for name in SHAPES)
 
 
 def test_permuting_the_others_keeps_the_addition():

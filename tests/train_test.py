@@ -343,8 +343,11 @@ def test_rows_name_their_sources_and_count_their_bytes(texts, finished):
   assert {(r["layer"], r["made_in_round"]) for r in received} == {(0, ROUNDS - 2), (1, ROUNDS - 2)}
   assert {r["from"] for r in received} <= {"b/r", "b/s"}
   assert all(set(layer) <= {"a/p", "a/q"} for layer in last["a"]["attention_up"])
-  # b has no text: it follows the plain mean of its members.
-  assert all(set(layer.values()) == {0.5} for layer in last["b"]["attention_up"])
+  # b has no text: it follows the mean of its members, weighted by their texts.
+  sizes = {node: json.loads((finished / "summary.json").read_text())["nodes"][node]["data"]["train"]["tokens"]
+           for node in ("b/r", "b/s")}
+  shares = {node: pytest.approx(size / sum(sizes.values()), abs=1e-5) for node, size in sizes.items()}
+  assert all(layer == shares for layer in last["b"]["attention_up"])
   assert last["b"]["tokens"] == 0 and "personalised" not in last["b"] and "loss_nats" not in last["b"]
   assert last["a/p"]["tokens"] == ROUNDS * 2 * 3 * 13
 

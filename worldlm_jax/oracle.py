@@ -345,14 +345,8 @@ class Oracle:
     result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
     cosines = [np.zeros((len(self.shapes), len(c))) for c in candidates]
     for unit in self._units():
-      own_vector = np.concatenate([own[t][i] for t, i in unit])
-      trained = bool(own_vector.any())
+      direction = np.concatenate([own[t][i] for t, i in unit])
       steps = {(t, i): own[t][i] for t, i in unit}
-      if not trained:  # follow the others' mean
-        for t, i in unit:
-          for candidate in candidates[i]:
-            steps[t, i] = steps[t, i] + candidate[t] / len(candidates[i])
-      direction = np.concatenate([steps[t, i] for t, i in unit])
       for t, i in unit:
         for s, candidate in enumerate(candidates[i]):
           # With granularity "all", a candidate's missing layers count as zeros.
@@ -360,10 +354,10 @@ class Oracle:
             candidates[j][s][u] if s < len(candidates[j]) else 0 * own[u][j] for u, j in unit
           ])
           cosines[i][t, s] = plain.cosine(direction, theirs)
-          beta = trained * keys.update_strength * max(0.0, cosines[i][t, s] - keys.update_threshold)
+          beta = keys.update_strength * bool(direction.any()) * max(0.0, cosines[i][t, s] - keys.update_threshold)
           steps[t, i] = steps[t, i] + beta * candidate[t]
       step_vector = np.concatenate([steps[t, i] for t, i in unit])
-      own_norm, step_norm = np.linalg.norm(own_vector), np.linalg.norm(step_vector)
+      own_norm, step_norm = np.linalg.norm(direction), np.linalg.norm(step_vector)
       scale = min(1.0, keys.update_norm_cap * own_norm / step_norm) if own_norm and step_norm else 1.0
       for t, i in unit:
         result[t][i] = scale * steps[t, i] - own[t][i]

@@ -58,9 +58,10 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
   there = _read_record(record)
   checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
   if there and overwrite:
-    for name in ("checkpoints", "damaged", "tensorboard"):
+    for name in ("checkpoints", "damaged", "tensorboard", "report"):
       shutil.rmtree(workdir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "summary.json", "stopped.json", "wandb_id.txt", "config.json"):
+    for name in ("metrics.jsonl", "summary.json", "stopped.json", "wandb_id.txt", "report.html",
+                 "config.json"):
       (workdir / name).unlink(missing_ok=True)
   elif there:
     found = config_lib.differences(_comparable(there), _comparable(description))

@@ -75,7 +75,7 @@ class AttendRule(NamedTuple):
           [above.trained[parent] & descent.phase.first_repeat], received,
           siblings_mask_S & level.fresh[siblings_S], own,
         )
-        addition, weights, _ = self._attend_updates(update, candidates, mask_SxM, jnp.ones(mask_SxM.shape[0]))
+        addition, weights, _ = self._attend_updates(update, candidates, mask_SxM)
         mixed = trees.add(own, addition)
       else:
         candidates = _stack([own, parents], received, None)
@@ -191,10 +191,10 @@ class AttendRule(NamedTuple):
     weights = attend.attention_weights(scores, mask_SxM, prior_S, node.temperature)
     return attend.mix(own, candidates, weights), jnp.mean(weights, axis=0)
 
-  def _attend_updates(self, update, candidates, mask_SxM, prior_S):
+  def _attend_updates(self, update, candidates, mask_SxM):
     """What to add, the weights beta and the cosines `[S, M]`, averaged over tensors."""
     addition, weights, cosines = attend.attend_updates(
-      update, candidates, mask_SxM, prior_S, self.config.granularity, strength=self.config.update_strength,
+      update, candidates, mask_SxM, self.config.granularity, strength=self.config.update_strength,
       threshold=self.config.update_threshold, norm_cap=self.config.update_norm_cap,
     )
     return addition, jnp.mean(weights, axis=0), jnp.mean(cosines, axis=0)

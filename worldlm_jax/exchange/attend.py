@@ -129,40 +129,29 @@ def mix(query: PyTree, candidates: PyTree, weights_TxSxM: jax.Array) -> PyTree:
 
 
 def attend_updates(
-  update: PyTree, candidates: PyTree, mask_SxM: jax.Array, prior_S: jax.Array, granularity: str, *,
+  update: PyTree, candidates: PyTree, mask_SxM: jax.Array, granularity: str, *,
   strength: float, threshold: float, norm_cap: float,
 ) -> tuple[PyTree, jax.Array, jax.Array]:
-  """What the updates of others add to a node's own (the second equation above).
-
-  Where the node has no update of its own (it did not train), it follows the prior-weighted mean of
-  the candidates' updates.
+  """What the updates of others add to a node's own (the second equation above); nothing to one that is zero.
 
   Args:
     update: the node's own update D_q, leaves `[M, ...]`.
     candidates: the others' updates, leaves `[S, M, ...]`.
     mask_SxM: bool, which of them are there.
-    prior_S: float32 weights of the mean that a node without an update follows.
     granularity: the unit of cosines and norms.
     strength, threshold, norm_cap: lambda, the least cosine, and the largest norm in norms of D_q.
 
   Returns:
     What to add to K_q (which already holds D_q), leaves `[M, ...]`, of norm at most
-    (1 + norm_cap) |D_q| per unit; the weights beta `[T, S, M]`; the cosines `[T, S, M]` of the candidates
-    and D_q, or the followed mean.
+    (1 + norm_cap) |D_q| per unit; the weights beta `[T, S, M]`; the cosines `[T, S, M]` of the candidates and D_q.
   """
   candidates = _masked(candidates, mask_SxM)
   own_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], update), granularity)  # [T or 1, 1, M or 1]
-  shape = (own_squared.shape[0], *mask_SxM.shape)
-  trained = jnp.broadcast_to(own_squared > 0, shape)
-  follow = jnp.where(trained, 0.0, attention_weights(jnp.zeros(shape), mask_SxM, prior_S, jnp.float32(jnp.inf)))
-  zero = trees.zeros_like(update)
-  direction = trees.add(update, mix(zero, candidates, follow))
-  direction_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], direction), granularity)
-  cosines = _cosine(_inner(direction, candidates, granularity), direction_squared, _inner_self(candidates, granularity))
-  cosines = jnp.broadcast_to(cosines, shape)
-  relevant = jnp.where(trained & mask_SxM[None], strength * jax.nn.relu(cosines - threshold), 0.0)
-  weights = relevant + follow
-  step = trees.add(direction, mix(zero, candidates, relevant))
+  cosines = _cosine(_inner(update, candidates, granularity), own_squared, _inner_self(candidates, granularity))
+  cosines = jnp.broadcast_to(cosines, (own_squared.shape[0], *mask_SxM.shape))
+  counts = (own_squared > 0) & mask_SxM[None]
+  weights = jnp.where(counts, strength * jax.nn.relu(cosines - threshold), 0.0)
+  step = trees.add(update, mix(trees.zeros_like(update), candidates, weights))
   step_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], step), granularity)
   ratio = norm_cap * jnp.sqrt(own_squared / jnp.where(step_squared > 0, step_squared, 1.0))
   scale = jnp.where((own_squared > 0) & (step_squared > 0), jnp.minimum(1.0, ratio), 1.0)[:, 0]  # [T, M]

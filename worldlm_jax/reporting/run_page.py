@@ -162,7 +162,7 @@ def _tree(run: Run, drawn: list[figures.Chart]) -> Html:
   chart = tree_charts.nodes("tree", f"The tree with each node's {split} perplexity", run.tree, cells, scale)
   drawn.append(chart)
   return page.chart(chart, "Each box: perplexity of the model as received from above → after the node's own training. "
-                    "Lower is better. Perplexities of different texts are not each other's measure; the curves are.")
+                    "Lower is better. Texts differ in how hard they are: compare models on one text, not texts.")
 
 
 def references(data: Mapping[str, Any]) -> dict[str, float]:
@@ -201,22 +201,18 @@ def _nodes(run: Run) -> Html:
   rows = []
   for path in run.tree.paths:
     node_rows = run.rows_of(path)
-    if run.summary is not None:
-      node = run.summary["nodes"][path]
-      totals = [node["tokens"], node["bytes_down"], node["bytes_up"]]
-    else:
-      totals = [node_rows[-1]["tokens"] if node_rows else 0, sum(r["bytes_down"] for r in node_rows),
-                sum(r["bytes_up"] for r in node_rows)]
+    latest = node_rows[-1]["tokens"] if node_rows else 0
+    tokens = latest if run.summary is None else run.summary["nodes"][path]["tokens"]
     own = found.get(path)
     numbers = [words.UNKNOWN] * 3 if own is None else [
       words.perplexity(own["received"]["perplexity"]), words.perplexity(own["personalised"]["perplexity"]),
       words.bits(own["personalised"]["bits_per_byte"])]
-    rows.append([page.breakable(run.tree.title(path)), *numbers, words.count(totals[0]), *map(words.size, totals[1:])])
+    rows.append([page.breakable(run.tree.title(path)), *numbers, words.count(tokens)])
   split = "test" if run.summary is not None else "valid"
   return page.join([
-    page.table(["node", "received", "personalised", "bits per byte", "tokens", "sent down", "sent up"], rows),
+    page.table(["node", "received", "personalised", "bits per byte", "tokens"], rows),
     page.paragraph(f"Perplexity on the {split} text of the model as received and personalised; bits per byte are of "
-                   "the personalised one. Sent: over the edge to the parent."),
+                   "the personalised one; tokens are what the node trained on."),
   ])
 
 
@@ -265,7 +261,8 @@ def _attention(run: Run, drawn: list[figures.Chart]) -> Html:
   over = run.record["config"]["key_layers"]["values"]
   meaning = (
     "A weight is how much of that source's update is added to the node's own update, which always counts in full (1); "
-    "0 is training alone. A federation that did not train follows the mean of its members." if over == "updates"
+    "0 is training alone. Its parent with 1 means that the node takes its parent's key layers as they are. A federation "
+    "adds the weighted mean of its members' updates." if over == "updates"
     else "The weights of a round add up to 1; what falls to “itself” is kept."
   )
   return page.charts(charts, f"How much each node's key layers took from whom, the mean over layers. {meaning} Sources "
