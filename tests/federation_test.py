@@ -103,7 +103,7 @@ def test_a_pool_takes_as_many_windows_as_its_members() -> None:
   assert (root.local_steps - 1) * root.batch_size < windows <= root.local_steps * root.batch_size
   kinds = [(step.kind, step.level) for step in schedule.round_steps(flat, None)]
   assert kinds == [("down", 0), ("down", 1), ("train", 0)]  # the nodes are scored before the pool goes on
-  last = [(step.kind, step.level) for step in schedule.round_steps(flat, None, last=True)]
+  last = [(step.kind, step.level) for step in schedule.round_steps(flat, None, personalise=True)]
   assert last == [("down", 0), ("down", 1), ("train", 1), ("train", 0)]
   assert schedule.first_positions(flat, 4) == {".": 60, "far": 60, "near": 60, "far/off": 18}
   assert schedule.stages(flat, "sequential") == [None]

@@ -3,11 +3,12 @@
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from worldlm_jax import local, schedule
+from worldlm_jax.config import Config
 from worldlm_jax.data.batches import NodeBatches, NodeText, PooledBatches
 from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.federation import Federation
@@ -59,6 +60,42 @@ def batches(federation: Federation, texts: Mapping[str, NodeText], seed: int) ->
     return dict(own)
   parts = [(own[path], federation.by_path[path].settings.local_steps) for path in federation.root.pools]
   return own | {federation.root.path: PooledBatches(parts, federation.root.settings.batch_size)}
+
+
+def text_tokens(texts: Mapping[str, NodeText]) -> dict[str, int]:
+  """How much text each node has to train on, by path."""
+  return {path: text.text.splits["train"].counts.tokens for path, text in texts.items()}
+
+
+def workloads(
+  config: Config, federation: Federation, texts: Mapping[str, NodeText], rounds: Sequence[Sequence[schedule.Step]],
+  begin: tuple[int, int], positions: Mapping[str, int],
+) -> Iterator[local.Workload]:
+  """What remains to be trained on, in order.
+
+  Args:
+    config: a validated config.
+    federation: the tree.
+    texts: by path, of nodes whose devices are this process's.
+    rounds: the steps of all rounds.
+    begin: the first round, and the first of its steps, that remain.
+    positions: how many steps each node has made so far; one that is not there has made none.
+  """
+  sources, tokens = batches(federation, texts, config.seed), text_tokens(texts)
+  totals = dict.fromkeys(federation.by_path, 0)
+  for stage in schedule.stages(federation, config.schedule):
+    for path, count in schedule.steps_per_round(federation, stage).items():
+      totals[path] += config.rounds * count
+  rates = {m.path: local.learning_rates(m.settings, totals[m.path]) for m in federation.members}
+  done = {m.path: positions.get(m.path, 0) for m in federation.members}
+  for index in range(begin[0], len(rounds)):
+    for step in rounds[index][begin[1] if index == begin[0] else 0 :]:
+      if step.kind == "train":
+        sizes = config.optimizer.microbatch_size, config.data.sequence_length
+        shape = workload_shape(federation, step.level, *sizes)
+        yield workload(federation, step, sources, rates, done, shape, tokens)
+        for member, active in zip(federation.levels[step.level], step.active, strict=True):
+          done[member.path] += int(active) * member.settings.local_steps
 
 
 def workload_shape(

@@ -46,7 +46,7 @@ def stages(federation: Federation, schedule: str) -> list[int | None]:
 
 
 def round_steps(
-  federation: Federation, stage: int | None, absent: Collection[str] = (), *, last: bool = False
+  federation: Federation, stage: int | None, absent: Collection[str] = (), *, personalise: bool = False
 ) -> list[Step]:
   """The steps of one round of the root.
 
@@ -54,8 +54,8 @@ def round_steps(
     federation: the tree.
     stage: the one level that trains, or None for all.
     absent: paths of nodes that take no part in this round; all below them takes none either.
-    last: whether it is the last round. Where the root trains for all (`federation.pooled`), the nodes below only
-      receive its model, and train in the last round, before it does.
+    personalise: where the root trains for all (`federation.pooled`), the nodes below only receive its model; whether
+      they also make steps of their own from it, before it trains.
   """
   present = [
     np.array([not any(federation.is_within(m.path, gone) for gone in absent) for m in level])
@@ -79,9 +79,8 @@ def round_steps(
       yield Step("up", level, running, first_repeat)
 
   if federation.is_pooled:
-    everybody = trains(federation, 1)
-    personalise = [Step("train", 1, everybody, True)] if last else []
-    return [Step("down", 0, present[0], True), Step("down", 1, present[1], True), *personalise,
+    own = [Step("train", 1, present[1] & trains(federation, 1), True)] if personalise else []
+    return [Step("down", 0, present[0], True), Step("down", 1, present[1], True), *own,
             Step("train", 0, present[0], True)]
   return list(visit(0, present[0], True))
 
@@ -105,9 +104,9 @@ def evaluations(federation: Federation, steps: list[Step]) -> tuple[list[np.ndar
 
 
 def steps_per_round(federation: Federation, stage: int | None) -> dict[str, int]:
-  """How many optimizer steps each node makes in a round in which everybody takes part (the last, if pooled)."""
+  """How many optimizer steps each node makes in a round in which everybody takes part, and personalises."""
   count = {member.path: 0 for member in federation.members}
-  for step in round_steps(federation, stage, last=True):
+  for step in round_steps(federation, stage, personalise=True):
     if step.kind == "train":
       for member, active in zip(federation.levels[step.level], step.active, strict=True):
         count[member.path] += int(active) * member.settings.local_steps
@@ -144,8 +143,8 @@ def shared_rounds(
 
 
 def first_positions(federation: Federation, rounds: int) -> dict[str, int]:
-  """The optimizer step with which each node that does not begin at 0 begins.
+  """The optimizer step with which nodes below a pool begin that train in the last round alone.
 
-  Below a pool nodes train in the last round alone, on the batches and at the rates which that round has everywhere.
+  So they train on the batches and at the rates which that round has everywhere.
   """
   return {m.path: (rounds - 1) * m.settings.local_steps for m in federation.members[1:]} if federation.is_pooled else {}

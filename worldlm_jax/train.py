@@ -1,7 +1,6 @@
 """The main job: `run` trains a federation from a config, in a work directory that it can resume from."""
 
 import contextlib
-import copy
 import dataclasses
 import json
 import time
@@ -21,7 +20,6 @@ from worldlm_jax import (
   fairness,
   federation as federation_lib,
   feed as feed_lib,
-  local,
   matrix,
   metrics,
   model,
@@ -112,10 +110,8 @@ class _Run:
     algorithm = algorithms.make(config, self.arch, self.federation)
     if algorithm.needs_validation:
       validation = [e.arrays() for e in self._evaluations("valid", config.evaluation.acceptance_windows)]
-    self.text_tokens = {path: text.text.splits["train"].counts.tokens for path, text in self.texts.items()}
-    self.engine = engine_lib.Engine(
-      config, self.federation, self.arch, self.mesh, algorithm, self.text_tokens, validation
-    )
+    text_tokens = feed_lib.text_tokens(self.texts)
+    self.engine = engine_lib.Engine(config, self.federation, self.arch, self.mesh, algorithm, text_tokens, validation)
     abstract = self.engine.abstract_state()
     workdir_lib.check_space(workdir, trees.num_bytes(abstract), config.checkpoint)
     description = workdir_lib.describe(config, self.federation, digests)
@@ -137,7 +133,9 @@ class _Run:
     self.exchanges = records.Exchanges(self.federation, config.key_layers, shared)
     self.valid = self._evaluations("valid", config.evaluation.valid_windows)
     self.test = self._evaluations("test", config.evaluation.test_windows)
-    self.now = Progress(positions=schedule.first_positions(self.federation, config.rounds))
+    self.now = Progress()
+    if config.evaluation.personalised == "last":
+      self.now.positions |= schedule.first_positions(self.federation, config.rounds)
     self.state = self._restore_or_begin(abstract)
     self.stop = signals.Stop()
 
@@ -148,7 +146,10 @@ class _Run:
       self.reporter.message(f"{self.workdir} holds this run, finished; --overwrite starts afresh")
       self.checkpoints.close()
       return json.loads(summary.read_text(encoding="utf-8"))
-    feed = feed_lib.Feed(self._workloads(copy.deepcopy(self.now)))
+    rounds = [self._steps(index) for index in range(len(self.rounds))]
+    feed = feed_lib.Feed(feed_lib.workloads(
+      self.config, self.federation, self.texts, rounds, (self.now.round, self.now.step), self.now.positions
+    ))
     watchers = watching.Watchers(
       self.config.logging, self.workdir, config_lib.to_dict(self.config), self.now.round, self.now.seconds,
       self.reporter.message,
@@ -170,8 +171,8 @@ class _Run:
 
   def _round(self, index: int, feed: feed_lib.Feed, watchers: watching.Watchers) -> None:
     begin = time.perf_counter()
-    stage, last = self.rounds[index]
-    steps = schedule.round_steps(self.federation, stage, last=last)
+    last = self.rounds[index][1]
+    steps = self._steps(index)
     received_at, personalised_at = schedule.evaluations(self.federation, steps)
     if not self.now.rows:
       self.now.rows = records.blank(self.federation, index)
@@ -194,6 +195,11 @@ class _Run:
     self._finish_round(index, time.perf_counter() - begin, watchers)
     if self.stop.name and index + 1 < len(self.rounds):
       self._stop(index + 1)
+
+  def _steps(self, index: int) -> list[schedule.Step]:
+    stage, last = self.rounds[index]
+    personalise = last or self.config.evaluation.personalised == "best"
+    return schedule.round_steps(self.federation, stage, personalise=personalise)
 
   def _down(self, index: int, step: schedule.Step) -> None:
     with self._timed("aggregating"):
@@ -324,26 +330,6 @@ class _Run:
     metrics.keep_jsonl(log, lambda row: row["round"] < self.now.round)
     self.reporter.message(f"resuming {self.workdir} after {self.now.round} of {len(self.rounds)} rounds")
     return restored.state
-
-  def _workloads(self, now: Progress) -> Iterator[local.Workload]:
-    """What remains to be trained on from `now`, in order."""
-    batches = feed_lib.batches(self.federation, self.texts, self.config.seed)
-    totals = {m.path: 0 for m in self.federation.members}
-    for stage, _ in self.rounds:
-      for path, count in schedule.steps_per_round(self.federation, stage).items():
-        totals[path] += count
-    rates = {m.path: local.learning_rates(m.settings, totals[m.path]) for m in self.federation.members}
-    sizes = self.config.optimizer.microbatch_size, self.config.data.sequence_length
-    positions = {m.path: now.positions.get(m.path, 0) for m in self.federation.members}
-    for index in range(now.round, len(self.rounds)):
-      stage, last = self.rounds[index]
-      steps = schedule.round_steps(self.federation, stage, last=last)
-      for step in steps[now.step if index == now.round else 0 :]:
-        if step.kind == "train":
-          shape = feed_lib.workload_shape(self.federation, step.level, *sizes)
-          yield feed_lib.workload(self.federation, step, batches, rates, positions, shape, self.text_tokens)
-          for member, active in zip(self.federation.levels[step.level], step.active, strict=True):
-            positions[member.path] += int(active) * member.settings.local_steps
 
   def _evaluations(self, split: str, count: int) -> list[Evaluation]:
     return feed_lib.evaluations(self.federation, self.texts, split, count, self.config.data.sequence_length)

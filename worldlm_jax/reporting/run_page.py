@@ -261,8 +261,8 @@ def _attention(run: Run, drawn: list[figures.Chart]) -> Html:
   over = run.record["config"]["key_layers"]["values"]
   meaning = (
     "A weight is how much of that source's update is added to the node's own update, which always counts in full (1); "
-    "0 is training alone. Its parent with 1 means that the node takes its parent's key layers as they are. A federation "
-    "adds the weighted mean of its members' updates." if over == "updates"
+    "0 is training alone. 1 for its parent means that the node takes its parent's key layers as they are. A "
+    "federation adds the weighted mean of its members' updates." if over == "updates"
     else "The weights of a round add up to 1; what falls to “itself” is kept."
   )
   return page.charts(charts, f"How much each node's key layers took from whom, the mean over layers. {meaning} Sources "
