@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from worldlm_jax import algorithms, config as config_lib, federation as federation_lib
+from worldlm_jax import algorithms, config as config_lib, federation as federation_lib, train
 
 
 def leaves_only(rounds, **settings):
@@ -123,3 +123,25 @@ def test_the_paper_s_choices_replace_the_config_s():
   assert adapted.node.up_temperature == 1 and adapted.node.backbone_independence == 0
   assert config.key_layers.values == "updates" and config.node.up_temperature != 1  # the config stays as it was
   assert algorithms.adapted(config_lib.Config()) == config_lib.Config()
+
+
+def test_a_node_alone_is_the_pool_of_itself(tmp_path):
+  """On real text: the windows, rates and steps of both are the same, whatever the path of the root is."""
+  (tmp_path / "text.txt").write_text("\n\n".join(f"{i} times {i} is {i * i}, and so on" for i in range(400)))
+  found = {}
+  for name in ("worldlm", "centralized", "fedavg"):
+    config = config_lib.Config(
+      algorithm=name, rounds=2,
+      node=config_lib.NodeSettings(local_steps=3, batch_size=2),
+      model=config_lib.ModelConfig(num_layers=2, d_model=12, num_heads=2, num_kv_heads=1, d_ff=17, key_layer_share=0.5),
+      data=config_lib.DataConfig(sequence_length=16),
+      logging=config_lib.LoggingConfig(tensorboard=False),
+    )
+    config.federation.root = config_lib.Node("alone", config_lib.Files(str(tmp_path / "text.txt")))
+    found[name] = train.run(config, tmp_path / name)
+  for name in ("centralized", "fedavg"):
+    for kind in ("received", "personalised") if name == "fedavg" else ("received",):  # a pool's members begin afresh
+      losses = [found[a]["nodes"]["."][kind]["loss_nats"] for a in ("worldlm", name)]
+      assert losses[0] == pytest.approx(losses[1], abs=1e-5), (name, kind)
+    assert found[name]["tokens"] == found["worldlm"]["tokens"]
+    assert found[name]["fairness"] == found["worldlm"]["fairness"]

@@ -116,6 +116,21 @@ def test_batches_depend_on_seed_and_path_alone():
   assert first not in other and len({tuple(o) for o in other}) == 3
 
 
+def test_a_pool_takes_its_parts_windows_round_by_round_and_evenly_mixed():
+  other = windows.Windows(np.arange(100, 100 + 5 * 3 + 1, dtype=np.uint16), 3)
+  parts = [(batches.NodeBatches(_windows(7), 2, 0, "a"), 3), (batches.NodeBatches(other, 3, 0, "b"), 1)]
+  pool = batches.PooledBatches(parts, 4)  # 9 windows a round: two batches and one window
+  for index in (0, 2):
+    found = pool.batches(3 * index, 3)
+    assert found.shape == (3, 4, 4)
+    own = [part.batches(index * steps, steps).reshape(-1, 4) for part, steps in parts]
+    rows = found.reshape(-1, 4)
+    assert sorted(map(tuple, rows[:9])) == sorted(map(tuple, np.concatenate(own)))
+    assert np.all(rows[9:] == windows.PADDING)
+    assert rows[:9][rows[:9, 0] < 100].tolist() == own[0].tolist()  # in the node's own order
+    assert {tuple(row) for row in rows[:4]} & {tuple(row) for row in own[1]}  # both nodes in the first batch
+
+
 def test_batches_of_no_windows():
   with pytest.raises(ValueError, match="world/a: windows=0: expected at least one; give the node more text"):
     batches.NodeBatches(_windows(0), 5, seed=0, path="world/a")

@@ -55,6 +55,7 @@ class Engine:
     self.algorithm = algorithm
     self.topologies = [state_lib.topology(federation, level, mesh) for level in range(len(federation.levels))]
     self.validation = validation
+    self._text_tokens = text_tokens
     self._shared_rounds = schedule.shared_rounds(config, federation, text_tokens)
     self.nodes_at_once = config.nodes_at_once or partition.choose_nodes_at_once(
       max(len(level) for level in federation.levels), model.abstract_params(arch), self.abstract_state(), mesh
@@ -198,8 +199,10 @@ class Engine:
       windows, counts = self.validation[level]
     validated = np.array([m.settings.acceptance == "validated" for m in members])
     full_relevance = np.array([m.settings.full_relevance for m in members], np.float32)
+    text = np.array([self._text_tokens.get(m.path, 0) for m in members], np.float32)
+    text_share = text / max(1, sum(self._text_tokens.values()))
     rounds = (self._shared_rounds[part][level] for part in ("backbone", "key_layers"))
-    shared = [self._pad(level, array) for array in (*rounds, full_relevance, validated, windows, counts)]
+    shared = [self._pad(level, array) for array in (*rounds, full_relevance, text_share, validated, windows, counts)]
     temperatures = {
       "down": [m.settings.down_temperature for m in members], "up": [m.settings.up_temperature for m in members]
     }

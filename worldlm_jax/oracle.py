@@ -33,11 +33,9 @@ class Residual:
 
 
 class Shared(NamedTuple):
-  """What others may see of a node: its last update, how much it weighs, whether it is news, and residual layers."""
+  """What others may see of a node: its last update, whether it is news, and its residual layers."""
 
   update: Layers
-  backbone_update: Any
-  weight: float
   fresh: bool
   sent: list[Residual]
 
@@ -63,7 +61,7 @@ class NodeState:
 
   def shared(self) -> Shared:
     """What others may see of the node now."""
-    return Shared(self.update, self.backbone_update, self.weight, self.fresh, self.sent)
+    return Shared(self.update, self.fresh, self.sent)
 
 
 class Oracle:
@@ -131,7 +129,8 @@ class Oracle:
     node, settings = self.nodes[q.path], q.settings
     if parent is not None:
       above, rounds = self.nodes[parent.path], self.shared_rounds[q.path]
-      self._measure_relevance(q, parent, last)
+      if node.fresh and first_repeat and node.relevance == relevance.UNKNOWN:
+        self._measure_relevance(q, parent)
       share = np.clip(node.relevance / settings.full_relevance, 0, 1) if settings.full_relevance else 1.0
       takes = {part: np.isinf(limit) or self.index < np.ceil(share * limit) for part, limit in rounds.items()}
       if takes["backbone"]:
@@ -157,13 +156,13 @@ class Oracle:
       if any(self.nodes[c.path].weight for c in here):
         self._merge(q, here)
 
-  def _measure_relevance(self, q: Member, parent: Member, last: dict[str, Shared]) -> None:
-    """The cosine of the node's update and its siblings' weighted mean, the first time that there are both."""
-    node = self.nodes[q.path]
-    others = [last[c.path] for c in self.children[parent.path] if c.path != q.path and last[c.path].fresh]
-    if node.fresh and others and node.relevance == relevance.UNKNOWN:
-      mean = np.sum([o.weight * plain.flat((o.backbone_update, o.update)) for o in others], axis=0)
-      node.relevance = plain.cosine(plain.flat((node.backbone_update, node.update)), mean)
+  def _measure_relevance(self, q: Member, parent: Member) -> None:
+    """The cosine of the node's first update with everybody else's mean, seen in the model that it is handed next."""
+    node, above = self.nodes[q.path], self.nodes[parent.path]
+    own, update = plain.flat((node.backbone, node.key_layers)), plain.flat((node.backbone_update, node.update))
+    moved = plain.flat((above.backbone, above.key_layers)) - (own - update)
+    share = self.text_tokens.get(q.path, 0) / sum(self.text_tokens.values())
+    node.relevance = plain.cosine(update, moved - share * update)
 
   def _train(self, q: Member) -> None:
     node, settings = self.nodes[q.path], q.settings

@@ -120,7 +120,8 @@ def shared_rounds(
 
   Node q takes the backbone over until `e / (e + c)` of the run, and the key layers until the square of that, so that
   they go first. e is how often its subtree sees its text (of `text_tokens` tokens by path), c the node's
-  `backbone_independence` or `key_layer_independence`. float32 `[n]` each; inf where c is 0.
+  `backbone_independence` or `key_layer_independence`. float32 `[n]` each; inf where c is 0. A federation without text
+  of its own has no way of its own to go, and hands on what comes from above; unless c is inf.
   """
   tokens = dict.fromkeys(text_tokens, 0)
   turns = stages(federation, config.schedule)
@@ -133,7 +134,9 @@ def shared_rounds(
   def rounds(member: Member, c: float, power: int) -> float:
     below = [m.path for m in federation.subtree(member.path) if m.path in tokens]
     epochs = sum(tokens[p] for p in below) / max(1, sum(text_tokens[p] for p in below))
-    return math.inf if c == 0 else config.rounds * len(turns) * (epochs / (epochs + c)) ** power
+    if c == 0 or (member.data is None and not math.isinf(c)):
+      return math.inf
+    return config.rounds * len(turns) * (epochs / (epochs + c)) ** power
 
   return {
     part: [np.array([rounds(m, getattr(m.settings, setting), power) for m in level], np.float32)

@@ -28,6 +28,7 @@ class NodeInputs(NamedTuple):
   backbone_rounds: Any  # float32: how many rounds it takes its parent's backbone as it is, if fully relevant
   key_layer_rounds: Any  # float32: the same for key layers
   full_relevance: Any  # float32: the least relevance that is full
+  text_share: Any  # float32: of all text, how much the node has
   validated: Any  # bool: keeps its own key layers where the mixed ones are worse
   windows: Any  # int32 [E, W]: its validation batch; E is 0 where no rule needs one
   num_windows: Any  # int32: how many of them it has; 0 without data
@@ -141,9 +142,11 @@ def down(
     phase: the round.
   """
   if "backbone" in algorithm.tracks and above is not None:
-    weight = jnp.where(level.fresh, level.weight, 0.0)
-    found = relevance.relevance(level.update, weight, jnp.asarray(topology.parent), above.weight.shape[0])
-    level = level._replace(relevance=jnp.where(level.relevance == relevance.UNKNOWN, found, level.relevance))
+    begun_from = trees.subtract(level.params, level.update)
+    moved = trees.subtract(trees.take(above.params, topology.parent), begun_from)
+    found = relevance.relevance(level.update, moved, nodes.text_share)
+    measured = level.fresh & phase.first_repeat & (level.relevance == relevance.UNKNOWN)
+    level = level._replace(relevance=jnp.where(measured, found, level.relevance))
   begun = level._replace(
     update=trees.zeros_like(level.update),
     own_weight=jnp.zeros_like(level.own_weight), weight=jnp.zeros_like(level.weight),

@@ -1,9 +1,11 @@
-"""Relevance: how well what a node learned agrees with what its siblings learned from the same start.
+"""Relevance: how well what a node learned agrees with what everybody else learned from the same start.
 
-  relevance_q = cos(D_q, sum_{s != q} weight_s D_s),   D: the updates of all parts of the model in the first round
+  relevance_q = cos(D_q, R_q - share_q D_q),   D_q: q's own update in the first round,
+                                               R_q: how far the model that it is handed next has moved meanwhile
 
-The cosine of first updates tells related text from unrelated better than any later one: all of them begin at the
-same parameters, and nobody has learned what all text has in common yet. Shapes: N nodes of a level.
+R_q is the weighted mean of everybody's updates, and q's own share is taken out of it. The cosine of first updates
+tells related text from unrelated better than any later one: all of them begin at the same parameters, and nobody has
+learned what all text has in common yet. Shapes: N nodes of a level.
 """
 
 import jax
@@ -14,25 +16,21 @@ from worldlm_jax import trees
 UNKNOWN = 2.0  # no cosine is as large
 
 
-def relevance(update_N: trees.PyTree, weight_N: jax.Array, parent_N: jax.Array, num_parents: int) -> jax.Array:
-  """Each node's relevance, float32 `[N]`; UNKNOWN where it or all of its siblings have no update.
+def relevance(update_N: trees.PyTree, moved_N: trees.PyTree, share_N: jax.Array) -> jax.Array:
+  """Each node's relevance, float32 `[N]`; UNKNOWN where it, or everybody else, has not moved.
 
   Args:
-    update_N: leaves `[N, ...]`.
-    weight_N: float32 >= 0; nodes of weight 0 do not count, whatever they hold.
-    parent_N: int, places in the level above.
-    num_parents: how many nodes that level has.
+    update_N: D, leaves `[N, ...]`.
+    moved_N: R, of the same shapes.
+    share_N: float32, the share of a node's own update in R.
   """
-  product_N = own_N = others_N = jnp.zeros_like(weight_N)
-  for leaf in jax.tree.leaves(update_N):
-    flat_NxP = jnp.where(weight_N[:, None] > 0, leaf.reshape(len(weight_N), -1), 0.0)
-    weighted_NxP = weight_N[:, None] * flat_NxP
-    rest_NxP = jax.ops.segment_sum(weighted_NxP, parent_N, num_parents)[parent_N] - weighted_NxP
-    product_N += jnp.sum(flat_NxP * rest_NxP, axis=1)
-    own_N += jnp.sum(jnp.square(flat_NxP), axis=1)
+  product_N = own_N = others_N = jnp.zeros_like(share_N)
+  for update, moved in zip(jax.tree.leaves(update_N), jax.tree.leaves(moved_N), strict=True):
+    update_NxP, moved_NxP = (leaf.reshape(len(share_N), -1) for leaf in (update, moved))
+    rest_NxP = moved_NxP - share_N[:, None] * update_NxP
+    product_N += jnp.sum(update_NxP * rest_NxP, axis=1)
+    own_N += jnp.sum(jnp.square(update_NxP), axis=1)
     others_N += jnp.sum(jnp.square(rest_NxP), axis=1)
-  # A node without siblings that count has nothing but rounding errors left to compare with.
-  count_N = jax.ops.segment_sum(jnp.float32(weight_N > 0), parent_N, num_parents)[parent_N]
-  known_N = (weight_N > 0) & (count_N > 1) & (own_N > 0) & (others_N > 0)
+  known_N = (own_N > 0) & (others_N > 0)
   norms_N = jnp.sqrt(own_N) * jnp.sqrt(others_N)
   return jnp.where(known_N, product_N / jnp.where(known_N, norms_N, 1.0), UNKNOWN)
