@@ -1,40 +1,37 @@
-"""Relevance: the cosine of a node's update and its siblings'."""
+"""Relevance: the cosine of a node's update and everybody else's."""
 
 import numpy as np
-import pytest
 
 from worldlm_jax.exchange.relevance import UNKNOWN, relevance
 
-
-def measured(updates, weights, parents, num_parents=2):
-  tree = {"a": np.asarray(updates, np.float32)[:, :2].reshape(len(updates), 2, 1), "b": np.asarray(updates)[:, 2:]}
-  tree = {name: np.float32(leaf) for name, leaf in tree.items()}
-  return np.asarray(relevance(tree, np.float32(weights), np.int32(parents), num_parents))
+UPDATES = np.random.default_rng(3).normal(size=(3, 7))
 
 
-UPDATES = np.random.default_rng(3).normal(size=(5, 7))
+def measured(updates, moved, shares):
+  def tree(rows):
+    rows = np.asarray(rows, np.float32)
+    return {"a": rows[:, :4].reshape(len(rows), 2, 2), "b": rows[:, 4:]}
+
+  return np.asarray(relevance(tree(updates), tree(moved), np.float32(shares)))
 
 
-def test_it_is_the_cosine_with_the_siblings_weighted_mean():
-  found = measured(UPDATES, [3, 1, 2, 5, 4], [0, 0, 0, 1, 1])
-  rest = (1 * UPDATES[1] + 2 * UPDATES[2]) / 3
-  expected = UPDATES[0] @ rest / np.linalg.norm(UPDATES[0]) / np.linalg.norm(rest)
-  np.testing.assert_allclose(found[0], expected, atol=1e-5)
-  pair = UPDATES[3] @ UPDATES[4] / np.linalg.norm(UPDATES[3]) / np.linalg.norm(UPDATES[4])
-  np.testing.assert_allclose(found[3:], pair, atol=1e-5)  # of two siblings each is the other's rest
+def cosine(a, b):
+  return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-def test_identical_siblings_agree_fully_and_opposite_ones_not_at_all():
-  found = measured([UPDATES[0], UPDATES[0], UPDATES[1], -UPDATES[1]], [1, 2, 1, 1], [0, 0, 1, 1])
-  np.testing.assert_allclose(found, [1, 1, -1, -1], atol=1e-5)
+def test_it_is_the_cosine_with_the_mean_of_the_others():
+  weights = np.array([3, 1, 2]) / 6
+  mean = weights @ UPDATES
+  found = measured(UPDATES, [mean] * 3, weights)
+  rest = [np.delete(weights, q) @ np.delete(UPDATES, q, axis=0) for q in range(3)]
+  np.testing.assert_allclose(found, [cosine(UPDATES[q], rest[q]) for q in range(3)], atol=1e-5)
 
 
-@pytest.mark.parametrize(("weights", "unknown"), [
-  ([1, 1, 1, 1, 0], [3, 4]), ([0, 0, 1, 1, 1], [0, 1, 2]), ([0, 1, 1, 1, 1], [0]),
-])
-def test_nothing_is_known_without_a_sibling_that_counts(weights, unknown):
-  updates = UPDATES.copy()
-  updates[np.array(weights) == 0] = np.nan  # what does not count may hold anything
-  found = measured(updates, weights, [0, 0, 0, 1, 1])
-  assert np.flatnonzero(found == UNKNOWN).tolist() == unknown
-  assert np.all(np.abs(np.delete(found, unknown)) <= 1 + 1e-5)
+def test_those_who_learn_the_same_agree_fully_and_those_who_unlearn_it_not_at_all():
+  found = measured([UPDATES[0], UPDATES[1]], [3 * UPDATES[0], -UPDATES[1]], [0.5, 0.25])
+  np.testing.assert_allclose(found, [1, -1], atol=1e-5)
+
+
+def test_nothing_is_known_where_nobody_else_moved_or_oneself_did_not():
+  found = measured([UPDATES[0], 0 * UPDATES[1], UPDATES[2]], [0.5 * UPDATES[0], UPDATES[1], UPDATES[2]], [0.5, 0.1, 0])
+  np.testing.assert_allclose(found, [UNKNOWN, UNKNOWN, 1], atol=1e-5)

@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_left_alone(texts, finish
   newest = workdir / "checkpoints" / str(ROUNDS * train.PLACES_PER_ROUND)
   (record,) = newest.glob("record/metadata")
   record.write_text(record.read_text().replace(".own_weight\"", ".old_weight\""))
-  with pytest.raises(ValueError, match=r"checkpoint=.*arrays of this version's state \(.*tokens.*--overwrite"):
+  with pytest.raises(ValueError, match=r"checkpoint=.*arrays of this version's state \(.*weight.*--overwrite"):
     train.run(tiny_run(texts), workdir)
   assert newest.is_dir()
 

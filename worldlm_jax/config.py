@@ -31,7 +31,7 @@ class NodeSettings:
   # where 0 means never and inf from the start.
   backbone_independence: float = 3.0
   key_layer_independence: float = 3.0
-  full_relevance: float = 0.5  # a node whose first update agrees less with its siblings' shares for less; 0: off
+  full_relevance: float = 0.5  # a node whose first update agrees less with the others' shares for less; 0: off
   acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
   max_train_bytes: int = 0  # train on a sample of the node's documents, at most so large; 0: on all of them
 
