@@ -65,7 +65,9 @@ def test_a_whole_comparison(flags: list[str], tmp_path: Path) -> None:
   arguments = [*flags, f"--workdir={out}", "--config.seeds=0,5", "--config.base.rounds=3", "--node=law.local_steps=3"]
   code, output, errors = _command(*arguments)
   assert (code, errors) == (0, ""), errors
-  assert {file.name for file in out.iterdir()} == {"comparison.json", "comparison.md", "locks", "runs"}
+  assert {file.name for file in out.iterdir()} == {
+    "comparison.json", "comparison.md", "locks", "report", "report.html", "runs"
+  }
   runs = {f"{name}/seed{seed}" for name in ("local", "worldlm") for seed in (0, 5)}
   assert {str(file.parent.relative_to(out / "runs")) for file in out.glob("runs/*/*/summary.json")} == runs
   content = json.loads((out / "comparison.json").read_text(), parse_constant=pytest.fail)
@@ -84,7 +86,8 @@ def test_a_whole_comparison(flags: list[str], tmp_path: Path) -> None:
   assert {verdict["node"] for verdict in content["verdicts"]} == {"law", "medicine"}
   assert 1 < own["tree"]["received"]["mean"]["perplexity"]["mean"] < 300
   assert "run 4/4: worldlm, seed 5 is done" in output
-  assert "| entry   |" in output and output.rstrip().endswith(f"see {out}/comparison.md")
+  assert "| entry   |" in output and f"see {out}/comparison.md" in output
+  assert output.rstrip().endswith(f"report: {out}/report.html")
   assert "--config.seeds=0,5" in (out / "comparison.md").read_text()
   before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
   code, again, errors = _command(*arguments)

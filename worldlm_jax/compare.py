@@ -4,6 +4,8 @@
   python -m worldlm_jax.compare --config=configs/compare.py --workdir=DIR --config.seeds=0,1 \\
       --config.base.rounds=20 --node=code.local_steps=40 --only=worldlm,local
 
+Ends with comparison.md, comparison.json and, with the extra `report`, a page with charts, report.html.
+
 The same command again resumes; a second process with the same command shares the work. Exit codes: 0 finished
 (runs that diverged are in the tables), 1 stopped by an error, 2 bad input, 75 interrupted with everything saved.
 """
@@ -15,7 +17,7 @@ import sys
 import jax
 from absl import app, flags
 
-from worldlm_jax import checks, command, comparison, comparison_tables, config, progress, train
+from worldlm_jax import checks, command, comparison, comparison_tables, config, progress, report, train
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison; it is made, or resumed from.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh the runs that are there.")
@@ -36,6 +38,10 @@ def main(_: list[str]) -> int:
   if content is not None:
     print(f"{comparison_tables.entries_table(content)}\n"
           f"perplexity on the test split; ± is the standard error over seeds; see {_WORKDIR.value}/comparison.md")
+    try:
+      print(f"report: {report.report(str(_WORKDIR.value))}")
+    except checks.InputError as error:  # the extra is not installed; everything else is there
+      print(f"no report: {error}")
   return command.OK
 
 
