@@ -1,15 +1,18 @@
-"""WorldLM: the backbone is averaged, the key layers are attended to, residual layers are routed.
+"""WorldLM: nodes share their federation's model, then go their own way; key layers attend to those of others.
 
-A. Iacob, L. Sani, B. Marino, P. Aleksandrov, W. F. Shen, N. D. Lane, "Worldwide Federated Training of
+After A. Iacob, L. Sani, B. Marino, P. Aleksandrov, W. F. Shen, N. D. Lane, "Worldwide Federated Training of
 Language Models", arXiv:2405.14446.
 
-  down   B_q <- B_p;  K_q <- attend(K_q, {K_q, K_p} + residual layers routed to q)
-  up     B_p <- server_optimizer(B_p, mean_c (B_c - B_p));  K_p <- attend(K_p, {K_c} + {K_p if p trained})
+  down   B_q <- B_p while q shares it
+         K_q <- K_p while q shares them, else attend(K_q, memory + residual layers routed to q)
+  up     B_p <- server_optimizer(B_p, mean_c D_c);  K_p <- K_p + mean_c D_c     D: changes since the down-phase
 
-Where the paper is silent: in the down-phase all candidates have the same prior. A residual layer that
-a node received is offered to its children with everything else in their pool. A federation that did
-not train has no direction of its own: it takes its members' mean one. With attention over updates the
-candidates are the updates of siblings, of a parent that trained, and routed ones; each is used once.
+How long a node shares is ours (`schedule.shared_rounds`, `exchange/relevance.py`), and so is attention over updates.
+With attention over layers the memory is {K_q, K_p}, and {K_c} + {K_p if p trained} in the up-phase, where it takes the
+place of the mean. Where the paper is silent: in the down-phase all candidates have the same prior; a residual layer
+that a node received is offered to its children with everything else in their pool; a federation that did not train
+has no direction of its own and takes its members' mean one. With attention over updates the candidates are the updates
+of siblings, of a parent that trained, and routed ones; each is used once.
 
 Axes as in `exchange/attend.py`: N nodes, S candidates, M key layers, P pooled residual layers.
 """
