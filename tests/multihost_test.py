@@ -17,7 +17,7 @@ count, index, port, texts, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3
 if count > 1:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(f"localhost:{port}", count, index)
-from worldlm_jax import config as c, engine, federation, feed, model, partition, schedule
+from worldlm_jax import algorithms, config as c, engine, federation, feed, model, partition, schedule
 from worldlm_jax.data import batches, tokenizer
 
 names = [f"n{i}" for i in range(7)]
@@ -34,10 +34,11 @@ own = partition.own_nodes(len(level), mesh)
 texts = batches.load([(m.path, m.data) for m, mine in zip(level, own) if mine], config.data, tokenizer.ByteTokenizer())
 streams = {p: batches.NodeBatches(t.train, 3, 0, p) for p, t in texts.items()}
 arch = model.architecture(config.model, 257)
-runner = engine.Engine(config, tree, arch, mesh)
+tokens = {m.path: 900 for m in level}
+runner = engine.Engine(config, tree, arch, mesh, algorithms.make(config, arch, tree), tokens)
 step = next(s for s in schedule.round_steps(tree, None) if s.kind == "train" and s.level == 1)
 rates = {m.path: np.full(2, 0.01, np.float32) for m in level}
-work = feed.workload(tree, step, streams, rates, {m.path: 0 for m in level}, feed.workload_shape(tree, 0, 13))
+work = feed.workload(tree, step, streams, rates, {m.path: 0 for m in level}, feed.workload_shape(tree, 1, 0, 13), tokens)
 state, _ = runner.train(runner.init(), 1, work)
 found = {}
 for leaf_index, leaf in enumerate(jax.tree.leaves(state[1].params)):

@@ -604,7 +604,7 @@ def test_signals_end_it_with_75(pile: tuple[str, Places], tmp_path: Path, number
                         stderr=subprocess.PIPE, text=True) as process:
     assert process.stdout and any("half-way" in line for line in process.stdout)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
   assert process.returncode == 75
   assert errors == (
     f"interrupted: 1 of 5 input files are complete in {tmp_path / 'out'}; run the same command again to go on\n"
