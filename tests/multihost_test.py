@@ -38,7 +38,8 @@ tokens = {m.path: 900 for m in level}
 runner = engine.Engine(config, tree, arch, mesh, algorithms.make(config, arch, tree), tokens)
 step = next(s for s in schedule.round_steps(tree, None) if s.kind == "train" and s.level == 1)
 rates = {m.path: np.full(2, 0.01, np.float32) for m in level}
-work = feed.workload(tree, step, streams, rates, {m.path: 0 for m in level}, feed.workload_shape(tree, 1, 0, 13), tokens)
+shape = feed.workload_shape(tree, 1, 0, 13)
+work = feed.workload(tree, step, streams, rates, {m.path: 0 for m in level}, shape, tokens)
 state, _ = runner.train(runner.init(), 1, work)
 found = {}
 for leaf_index, leaf in enumerate(jax.tree.leaves(state[1].params)):
