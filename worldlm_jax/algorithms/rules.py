@@ -136,7 +136,7 @@ def down(
     algorithm: the pair of rules.
     topology: of this level.
     level: the receiving nodes.
-    above: their parents' level; None for the root, which only begins a new count of tokens.
+    above: their parents' level; None for the root, which only begins a new count of weights.
     deeper: the residual layers sent up by federations of the levels below, by level.
     nodes: per-node inputs; nodes that are not active stay exactly as they are.
     phase: the round.
