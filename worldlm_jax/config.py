@@ -29,8 +29,8 @@ class NodeSettings:
   # A node takes its parent's backbone over as it is until e / (e + c) of the run, its key layers until the square of
   # that, and goes its own way from then on. e: how often its subtree sees its text in the whole run; c: these numbers,
   # where 0 means never and inf from the start.
-  backbone_independence: float = 3.0
-  key_layer_independence: float = 3.0
+  backbone_independence: float = 1.0
+  key_layer_independence: float = 1.0
   full_relevance: float = 0.5  # a node whose first update agrees less with the others' shares for less; 0: off
   acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
   max_train_bytes: int = 0  # train on a sample of the node's documents, at most so large; 0: on all of them
