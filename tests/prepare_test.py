@@ -580,7 +580,7 @@ def test_mistakes_in_flags_are_bad_input(tmp_path: Path, arguments: list[str], m
 
 
 _WAITS = """
-import sys, time
+import signal, sys, time
 from absl import app
 from worldlm_jax import prepare
 from worldlm_jax.data import files
@@ -592,6 +592,7 @@ def read_jsonl(stream, origin, *arguments):
     for _ in range(300):  # a signal just before a sleep does not end it
       time.sleep(0.1)
 files.read_jsonl = read_jsonl
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 prepare.define_flags()
 app.run(prepare.main, flags_parser=prepare.parse_flags)
 """
