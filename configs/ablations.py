@@ -16,10 +16,10 @@ from worldlm_jax import config as c, model
 def get_config() -> c.Comparison:
   base = c.Config(
     rounds=20,
-    node=c.NodeSettings(local_steps=20, batch_size=8, learning_rate=1.2e-2, warmup_steps=20),
+    node=c.NodeSettings(local_steps=40, batch_size=4, learning_rate=8e-3, warmup_steps=20),
     model=model.PRESETS["nano"](),
     data=c.DataConfig(sequence_length=64),
-    evaluation=c.EvaluationConfig(valid_windows=32, test_windows=128, personalised="best"),
+    evaluation=c.EvaluationConfig(valid_windows=32, test_windows=128, acceptance_windows=32, personalised="best"),
     checkpoint=c.CheckpointConfig(every_rounds=20, keep_last=1, keep_best=0),
     logging=c.LoggingConfig(tensorboard=False),
   )
@@ -37,9 +37,11 @@ def get_config() -> c.Comparison:
     "no_residuals": {"key_layers.residuals_per_layer": 0},
     "key_layers_own": {"node.key_layer_independence": math.inf},
     "backbone_shared": {"node.backbone_independence": 0.0},
-    "independence_half": {"node.backbone_independence": 0.5, "node.key_layer_independence": 0.5},
-    "independence_2": {"node.backbone_independence": 2.0, "node.key_layer_independence": 2.0},
-    "independence_4": {"node.backbone_independence": 4.0, "node.key_layer_independence": 4.0},
+    "all_shared": {"node.backbone_independence": 0.0, "node.key_layer_independence": 0.0},
+    "independence_1": {"node.backbone_independence": 1.0, "node.key_layer_independence": 1.0},
+    "independence_6": {"node.backbone_independence": 6.0, "node.key_layer_independence": 6.0},
+    "full_trust": {"node.trust": "full"},
+    "inner_text_before": {"inner_text": "before"},
     "any_relevance": {"node.full_relevance": 0.0},
     "share_0": {"model.key_layer_share": 0.0},
     "share_67": {"model.key_layer_share": 0.67},

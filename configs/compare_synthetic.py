@@ -15,19 +15,18 @@ def get_config() -> c.Comparison:
   base = c.Config(
     rounds=20,
     federation=c.FederationConfig(synthetic=c.SyntheticTree(branching=(2, 3), train_bytes=150_000)),
-    node=c.NodeSettings(local_steps=20, batch_size=8, learning_rate=1.2e-2, warmup_steps=20),
+    node=c.NodeSettings(local_steps=40, batch_size=4, learning_rate=8e-3, warmup_steps=20),
     model=model.PRESETS["nano"](),
     data=c.DataConfig(sequence_length=64),
-    evaluation=c.EvaluationConfig(valid_windows=32, test_windows=128, personalised="best"),
+    evaluation=c.EvaluationConfig(valid_windows=32, test_windows=128, acceptance_windows=32, personalised="best"),
     checkpoint=c.CheckpointConfig(every_rounds=20, keep_last=1, keep_best=0),
     logging=c.LoggingConfig(tensorboard=False),
   )
-  diloco = {"backbone.server_optimizer": "nesterov", "backbone.server_learning_rate": 0.7}  # arXiv:2311.08105
   return c.Comparison(base, [
     c.Entry("local", {"algorithm": "local"}),
     c.Entry("centralized", {"algorithm": "centralized"}),
     c.Entry("fedavg", {"algorithm": "fedavg"}),
-    c.Entry("fedavg_nesterov", {"algorithm": "fedavg"} | diloco),
+    c.Entry("fedavg_larger_steps", {"algorithm": "fedavg", "backbone.server_learning_rate": 1.3}),
     c.Entry("hierfavg", {"algorithm": "hierfavg", "rounds": 10, "node.rounds_per_parent_round": 2}),
     c.Entry("fedper", {"algorithm": "fedper"}),
     c.Entry("worldlm_paper", {"algorithm": "worldlm_paper"}),

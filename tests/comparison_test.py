@@ -119,7 +119,7 @@ def test_all_runs_are_made_and_put_together(training: Training, compared: c.Comp
   assert content["verdicts"][0]["own_gain_percent"]["values"] == pytest.approx([25, 100 * 2 / 9])
   node = content["nodes"]["a"]
   num_windows = (node["train_tokens"] - 1) // 8
-  assert node["parent"] == "." and node["name"] == "a" and node["has_text"] and node["floor"] is None
+  assert node["parent"] == "a/" and node["name"] == "a" and node["has_text"] and node["floor"] is None
   assert node["epochs"] == pytest.approx(2 * 2 * 2 / num_windows)
   assert content["nodes"]["."] == {
     "parent": None, "name": "texts", "has_text": False, "train_tokens": 0, "epochs": 0.0, "floor": None

@@ -44,11 +44,12 @@ def tiny_config(root: config_lib.Node, **key_layers: Any) -> config_lib.Config:
     key_layers=config_lib.KeyLayerConfig(**key_layers),
     # A large epsilon keeps Adam from blowing rounding errors of tiny gradients up to whole steps.
     optimizer=config_lib.OptimizerConfig(epsilon=1e-3),
+    inner_text="before",
   )
   config.federation.root = root
   config.node = config_lib.NodeSettings(
     local_steps=2, batch_size=2, learning_rate=0.01, warmup_steps=1,
-    backbone_independence=0.0, key_layer_independence=math.inf,  # shared for ever, and never
+    backbone_independence=0.0, key_layer_independence=math.inf, trust="full",  # shared for ever, and never
   )
   return config
 

@@ -14,8 +14,11 @@ TEXT = c.Files("unread")
 Overrides = dict[str, dict[str, Any]]
 
 
-def _resolve(root: c.Node | None = None, overrides: Overrides | None = None, **where: str) -> f.Federation:
-  return f.resolve(c.Config(federation=c.FederationConfig(root=root, overrides=overrides or {}, **where)))
+def _resolve(
+  root: c.Node | None = None, overrides: Overrides | None = None, inner_text: str = "before", **where: str
+) -> f.Federation:
+  federation = c.FederationConfig(root=root, overrides=overrides or {}, **where)
+  return f.resolve(c.Config(federation=federation, inner_text=inner_text))
 
 
 def _setting(federation: f.Federation, name: str) -> dict[str, Any]:
@@ -61,6 +64,37 @@ def test_subtrees_are_depth_first() -> None:
   assert [m.path for m in tree.subtree("law")] == law
   assert [m.path for m in tree.subtree(".")] == [".", *law, "misc", "med", "med/eu"]
   assert [m.path for m in tree.subtree("misc")] == ["misc"]
+
+
+def test_a_federation_s_text_is_one_child_more() -> None:
+  tree = _resolve(_ragged(), {"law": {"local_steps": "7"}}, inner_text="beside")
+  assert [[m.path for m in level] for level in tree.levels] == [
+    ["."], ["law/", "misc", "med"], ["law", "law/eu", "law/us", "med/eu"],
+    ["law/eu/paris", "law/eu/berlin", "law/eu/rome"],
+  ]
+  head, text = tree.by_path["law/"], tree.by_path["law"]
+  assert (head.data, text.data) == (None, TEXT) and not head.trains and text.trains
+  assert (head.name, head.parent, text.name, text.parent) == ("law", ".", "law", "law/")
+  assert {m.parent for m in tree.levels[2][:3]} == {"law/"} and tree.by_path["law/eu/paris"].parent == "law/eu"
+  assert head.settings == text.settings and tree.by_path["law/us"].settings.local_steps == 7
+  assert [m.path for m in tree.subtree("law/")] == ["law/", "law", "law/eu", *(
+    f"law/eu/{city}" for city in ("paris", "berlin", "rome")), "law/us"]
+
+
+def test_the_root_s_text_is_one_child_more() -> None:
+  tree = _resolve(c.Node("world", TEXT, [c.Node("law", TEXT)]), inner_text="beside")
+  assert [[m.path for m in level] for level in tree.levels] == [["./"], [".", "law"]]
+  assert {m.parent for m in tree.levels[1]} == {"./"} and tree.root.name == "world"
+
+
+@pytest.mark.parametrize("inner_text", ["beside", "before"])
+def test_where_a_federation_s_text_trains_changes_no_number_of_steps_but_for_its_own_clock(inner_text: str) -> None:
+  far = c.Node("far", TEXT, [c.Node("off", TEXT)], {"rounds_per_parent_round": 2, "local_steps": 5})
+  tree = _resolve(c.Node("world", TEXT, [far]), inner_text=inner_text)
+  steps = {path: n for path, n in schedule.steps_per_round(tree, None).items() if n}
+  assert steps == {".": 20, "far": 10 if inner_text == "beside" else 5, "far/off": 10}
+  flat = schedule.steps_per_round(f.flattened(tree), None)
+  assert {path: n for path, n in flat.items() if n} == steps
 
 
 def test_a_root_alone_is_a_tree() -> None:
@@ -121,12 +155,13 @@ def _count(node: c.Node) -> int:
 
 
 @settings(deadline=None, max_examples=60)
-@given(_trees())
-def test_parents_and_children_are_inverse_and_levels_hold_every_node_once(root: c.Node) -> None:
-  tree = _resolve(root)
+@given(_trees(), st.sampled_from(["beside", "before"]))
+def test_parents_and_children_are_inverse_and_levels_hold_every_node_once(root: c.Node, inner_text: str) -> None:
+  tree = _resolve(root, inner_text=inner_text)
   paths = [m.path for m in tree.members]
-  assert len(paths) == len(set(paths)) == _count(root)
-  assert all(f.depth(m.path) == d for d, level in enumerate(tree.levels) for m in level)
+  heads = [path for path in paths if path.endswith("/")]
+  assert len(paths) == len(set(paths)) == _count(root) + len(heads) and (inner_text == "beside" or not heads)
+  assert all(len(tree.ancestors[m.path]) == d + 1 for d, level in enumerate(tree.levels) for m in level)
   for d, level in enumerate(tree.levels[:-1]):
     index, mask = tree.children(d)
     below = tree.levels[d + 1]
@@ -135,7 +170,7 @@ def test_parents_and_children_are_inverse_and_levels_hold_every_node_once(root: 
       assert [below[j].path for j in index[i][mask[i]]] == [m.path for m in below if m.parent == member.path]
       assert (tree.parents[d + 1][index[i][mask[i]]] == i).all()
       assert not index[i][~mask[i]].any()
-  assert sorted(m.path for m in tree.subtree(f.ROOT)) == sorted(paths)
+  assert sorted(m.path for m in tree.subtree(tree.root.path)) == sorted(paths)
 
 
 def test_settings_are_inherited_until_overridden() -> None:
@@ -143,7 +178,8 @@ def test_settings_are_inherited_until_overridden() -> None:
     c.Node("law", TEXT, [c.Node("eu", TEXT, settings={"local_steps": 7}), c.Node("us", TEXT)], {"local_steps": 5}),
     c.Node("med", TEXT),
   ], {"batch_size": 3})
-  config = c.Config(federation=c.FederationConfig(root=root), node=c.NodeSettings(local_steps=2, batch_size=11))
+  config = c.Config(federation=c.FederationConfig(root=root), node=c.NodeSettings(local_steps=2, batch_size=11),
+                    inner_text="before")
   tree = f.resolve(config)
   assert _setting(tree, "local_steps") == {".": 2, "law": 5, "med": 2, "law/eu": 7, "law/us": 5}
   assert set(_setting(tree, "batch_size").values()) == {3}

@@ -415,9 +415,13 @@ def test_settings_that_differ_are_found(tmp_path: Path) -> None:
 
 
 def test_paths_make_a_tree_depth_first() -> None:
-  tree = files.Tree.of([".", "b", "a", "b/x", "a/y", "b/x/z"], "root")
-  assert tree.paths == (".", "b", "b/x", "b/x/z", "a", "a/y") and tree.num_levels == 4
-  assert (tree.children["b"], tree.name("b/x"), tree.title("."), tree.name(".")) == (["b/x"], "x", "root", "root")
+  parents = {"./": None, "b": "./", "a": "./", ".": "./", "b/x": "b", "a/y": "a", "b/x/z": "b/x"}
+  nodes = {path: {"parent": parent, "name": path.rpartition("/")[2] if path[0] != "." else "root"}
+           for path, parent in parents.items()}
+  tree = files.Tree.of(nodes)
+  assert tree.paths == ("./", "b", "b/x", "b/x/z", "a", "a/y", ".") and tree.num_levels == 4
+  assert (tree.children["b"], tree.name("b/x"), tree.depth("b/x/z")) == (["b/x"], "x", 3)
+  assert [tree.title(path) for path in ("./", ".", "b/x")] == ["root/", "root", "b/x"]
 
 
 def test_names_are_shortened_to_what_fits() -> None:

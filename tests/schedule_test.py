@@ -15,7 +15,8 @@ def _node(name: str, *children: c.Node, data: bool = True, **own: int) -> c.Node
 
 
 def _resolve(root: c.Node) -> f.Federation:
-  return f.resolve(c.Config(federation=c.FederationConfig(root=root), node=c.NodeSettings(local_steps=3)))
+  federation = c.FederationConfig(root=root)
+  return f.resolve(c.Config(federation=federation, node=c.NodeSettings(local_steps=3), inner_text="before"))
 
 
 def _ragged(**root: int | bool) -> f.Federation:

@@ -37,7 +37,9 @@ def test_a_fresh_folder_is_made_and_recorded(tmp_path: Path) -> None:
   workdir.claim(path, _describe(clip_norm=float("inf")), overwrite=False)
   there = json.loads((path / "config.json").read_text(), parse_constant=pytest.fail)
   assert there["config"]["rounds"] == 3 and there["config"]["model"]["d_model"] == 96
-  assert there["nodes"]["."] | {"settings": {}} == {"settings": {}, "data": None, "digest": None}
+  assert there["nodes"]["."] | {"settings": {}} == {
+    "name": "world", "parent": None, "settings": {}, "data": None, "digest": None
+  }
   assert there["nodes"]["a"]["settings"]["clip_norm"] == "inf"
   files = {"kind": "Files", "path": "texts/a", "text_field": "text", "node_field": ""}
   assert there["nodes"]["a"]["data"] == files

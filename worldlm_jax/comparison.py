@@ -78,7 +78,7 @@ class _Comparison:
       [(m.path, m.data) for m in self.federation.members if m.data is not None], base.data, self.tokenizer, self.say,
       {m.path: m.settings.max_train_bytes for m in self.federation.members},
     )
-    self.paths = [m.path for m in self.federation.subtree(federation_lib.ROOT) if m.path in self.texts]
+    self.paths = [m.path for m in self.federation.subtree(self.federation.root.path) if m.path in self.texts]
     self.pace = _Pace()
     self.done: set[Planned] = set()
     self.to_redo = {planned for planned in self.planned if overwrite and self._path(planned).exists()}
@@ -222,7 +222,7 @@ class _Comparison:
   def _nodes(self) -> dict[str, Any]:
     windows = entries_lib.windows_per_node(self.all[0].config)
     nodes = {}
-    for member in self.federation.subtree(federation_lib.ROOT):
+    for member in self.federation.subtree(self.federation.root.path):
       node: dict[str, Any] = {"parent": member.parent, "name": member.name, "has_text": member.data is not None,
                               "train_tokens": 0, "epochs": 0.0, "floor": None}
       if member.data is not None:

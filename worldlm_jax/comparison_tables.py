@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
+from worldlm_jax import tree_sources
 from worldlm_jax.verdicts import Stat
 
 NOTHING = "-"
@@ -168,7 +169,7 @@ def _percent(stat: Stat | None) -> str:
 
 
 def _path(content: Mapping[str, Any], path: str) -> str:
-  return _name(content["nodes"][path]["name"] if path == "." else path)
+  return _name(tree_sources.title(path, content["nodes"][path]["name"]))
 
 
 def _name(text: str) -> str:

@@ -29,9 +29,10 @@ class NodeSettings:
   # A node takes its parent's backbone over as it is until e / (e + c) of the run, its key layers until the square of
   # that, and goes its own way from then on. e: how often its subtree sees its text in the whole run; c: these numbers,
   # where 0 means never and inf from the start.
-  backbone_independence: float = 1.0
-  key_layer_independence: float = 1.0
+  backbone_independence: float = 3.0
+  key_layer_independence: float = 3.0
   full_relevance: float = 0.5  # a node whose first update agrees less with the others' shares for less; 0: off
+  trust: str = "validated"  # validated | full: how far its model follows its own training (see exchange/trust.py)
   acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
   max_train_bytes: int = 0  # train on a sample of the node's documents, at most so large; 0: on all of them
 
@@ -256,7 +257,7 @@ class EvaluationConfig:
   valid_windows: int = 32  # of every round's valid score
   test_windows: int = 0  # of the summary's test score
   personalised: str = "last"  # last | best: the round whose personalised model is tested, by the node's valid loss
-  acceptance_windows: int = 8  # of validated acceptance and of the validation_loss similarity
+  acceptance_windows: int = 16  # of validated trust and acceptance and of the validation_loss similarity
   matrix_windows: int = 16  # of every node's test text that every node's model is scored on at the end; 0: none
 
 
@@ -285,6 +286,7 @@ class Config:
   seed: int = 0
   rounds: int = 10  # rounds of the root; in the sequential schedule, of each level in its turn
   schedule: str = "parallel"  # parallel | sequential
+  inner_text: str = "beside"  # a federation's own text: one member more, "beside" its members, or "before" they train
   nodes_at_once: int = 0  # nodes of a level that train side by side on a device; 0: chosen for you
   federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
   node: NodeSettings = dataclasses.field(default_factory=NodeSettings)

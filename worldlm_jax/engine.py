@@ -17,6 +17,7 @@ from worldlm_jax import local, model, partition, rngs, schedule, scoring, state 
 from worldlm_jax.algorithms import rules
 from worldlm_jax.config import Config
 from worldlm_jax.data.evaluation import Evaluation
+from worldlm_jax.exchange import trust as trust_lib
 from worldlm_jax.federation import Federation
 
 SCORE_BATCH = 32  # windows per forward pass when scoring, unless their logits are too many
@@ -135,8 +136,52 @@ class Engine:
       slim = self._call(("put", level, len(rows)), functools.partial(partition.put_wave, mesh=self.mesh), slim, wave,
                         np.int32(start), logs=False)
       logs.append(WaveLog(rows[new], *(array[new] for array in found)))
-    new_level = slim._replace(server=whole.server, residuals=whole.residuals, received=whole.received)
-    return _with_level(state, level, new_level), logs
+    own = slim._replace(server=whole.server, residuals=whole.residuals, received=whole.received)
+    if self.algorithm.trusts and level:
+      own = own._replace(trust=self._settled(level, own, state[level - 1], work.steps > 0))
+    return _with_level(state, level, own), logs
+
+  def _settled(
+    self, level: int, own: state_lib.LevelState, above: state_lib.LevelState, trained: np.ndarray
+  ) -> jax.Array:
+    """How far the nodes that `trained` (bool `[N]`) trust their training, float32 `[N]`; the others as before."""
+    validated = np.array([m.settings.trust == "validated" for m in self.federation.levels[level]])
+    settles = self._put(trained & self._pad_host(level, validated))
+    nodes, trust = self._nodes[level]["up"], own.trust
+    for start, rows, _ in self._waves(level):
+      phase = functools.partial(self._settle_phase, level, len(rows) // self.mesh.size)
+      trust = self._call(("settle", level, len(rows)), phase, trust, own.params, above.params, nodes.windows,
+                         nodes.num_windows, settles, np.int32(start), logs=False)
+    return trust
+
+  def _settle_phase(self, level: int, size: int, trust, params, above, windows, num_windows, settles, start):
+    trust_w, own_w, parent_w, windows_w, count_w, settles_w = partition.take_wave(
+      (trust, params, self._parent(level), windows, num_windows, settles), start, size, self.mesh
+    )
+
+    def one(own: model.Params, parents: model.Params, windows_ExW: jax.Array, count: jax.Array) -> jax.Array:
+      return trust_lib.validated(lambda params: scoring.mean_loss(self.arch, params, windows_ExW, count), own, parents)
+
+    best = partition.per_device(jax.vmap(one), self.mesh)(own_w, trees.take(above, parent_w), windows_w, count_w)
+    best = jnp.where(settles_w & (count_w > 0), best, trust_w)  # nothing to go by without a validation text
+    return partition.put_wave(trust, best, start, self.mesh)
+
+  def _used(self, state: state_lib.State, level: int, start: int, num_rows: int) -> model.Params:
+    """The models in use of one wave of a level."""
+    own = state[level]
+    if not (self.algorithm.trusts and level):
+      return self._take(("take params", level), own.params, start, num_rows)
+
+    def used(own: trees.PyTree, above: model.Params, start: jax.Array) -> model.Params:
+      params, trust, parent = partition.take_wave((*own, self._parent(level)), start, size, self.mesh)
+      return trust_lib.used(params, trees.take(above, parent), trust)
+
+    size = num_rows // self.mesh.size
+    return self._call(("used", level, size), used, (own.params, own.trust), state[level - 1].params, np.int32(start),
+                      donate=False, logs=False)
+
+  def _parent(self, level: int) -> jax.Array:
+    return jnp.asarray(self.topologies[level].parent)
 
   def _train_phase(
     self, own: state_lib.LevelState, work: local.Workload
@@ -155,7 +200,7 @@ class Engine:
   def score(
     self, state: state_lib.State, level: int, evaluation: Evaluation, mask: np.ndarray
   ) -> list[tuple[np.ndarray, jax.Array]]:
-    """Scores the nodes of a level for which `mask` (bool `[n]`) holds, on all of their evaluation windows.
+    """Scores the models in use of a level's nodes, where `mask` (bool `[n]`) holds, on all evaluation windows.
 
     Returns pairs of (rows, summed losses of these rows), to be added up by `scores_by_row`.
     """
@@ -166,7 +211,7 @@ class Engine:
       wanted = np.where(new, counts[rows], 0)
       if not wanted.any():
         continue
-      params = self._take(("take params", level), state[level].params, start, len(rows))
+      params = self._used(state, level, start, len(rows))
       for begin in range(0, int(wanted.max()), self._score_batch):
         here = np.clip(wanted - begin, 0, self._score_batch).astype(np.int32)
         batch = evaluation.take(rows, begin, here, self._score_batch)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from worldlm_jax import checks, federation as federation_lib, schedule
+from worldlm_jax import algorithms, checks, federation as federation_lib, schedule
 from worldlm_jax.config import Comparison, Config, Entry
 
 # What must be the same for all entries, and what of it decides neither on the data nor on the start.
@@ -67,6 +67,7 @@ def windows_per_node(config: Config) -> dict[str, tuple[int, int]]:
 
   Raises `InputError` where the config is wrong.
   """
+  config = algorithms.adapted(config)
   federation = federation_lib.resolve(config)
   steps: dict[str, int] = {}
   for stage in schedule.stages(federation, config.schedule):

@@ -2,6 +2,9 @@
 
 A node is named by its path from the root, such as `law/eu`; the root's own path is ".". Nodes of
 the same depth form a level; within a level the children of one parent stand side by side.
+
+Where a federation has text of its own (`Config.inner_text` is "beside"), it stands for two members: the
+federation proper, `law/`, and its text, `law`, one child more of it.
 """
 
 import copy
@@ -109,11 +112,6 @@ class Federation:
     return (here, *(member for child in below for member in self.subtree(child.path)))
 
 
-def depth(path: str) -> int:
-  """How many edges lie between the root and the node of a configured tree."""
-  return 0 if path == ROOT else path.count("/") + 1
-
-
 def as_given(federation: Federation) -> Federation:
   """The tree itself."""
   return federation
@@ -164,6 +162,7 @@ def resolve(config: config_lib.Config) -> Federation:
   validation.validate(config)
   root = tree_sources.configured_tree(config.federation, config.data)
   levels: list[list[Member]] = []
+  beside = config.inner_text == "beside"
   unused = {path: dict(values) for path, values in config.federation.overrides.items()}
 
   def visit(node: config_lib.Node, path: str, parent: str | None, inherited: config_lib.NodeSettings) -> None:
@@ -174,12 +173,15 @@ def resolve(config: config_lib.Config) -> Federation:
     if not node.children and node.data is None:
       checks.fail(f"node {path!r}: data", None, "a source of text at every node without children",
                   "give it data or remove the node")
-    level = depth(path)
-    levels.extend([] for _ in range(level + 1 - len(levels)))
-    levels[level].append(Member(path, node.name, parent, node.data, settings))
+    level = 0 if path == ROOT else path.count("/") + 1
+    levels.extend([] for _ in range(level + 1 + bool(node.children) - len(levels)))
+    head = f"{path}/" if beside and node.children and node.data is not None else path
+    levels[level].append(Member(head, node.name, parent, node.data if head == path else None, settings))
+    if head != path:
+      levels[level + 1].append(Member(path, node.name, head, node.data, settings))
     _check_names([child.name for child in node.children], path)
     for child in node.children:
-      visit(child, child.name if path == ROOT else f"{path}/{child.name}", path, settings)
+      visit(child, child.name if path == ROOT else f"{path}/{child.name}", head, settings)
 
   visit(root, ROOT, None, copy.copy(config.node))
   federation = Federation(tuple(tuple(level) for level in levels))

@@ -17,7 +17,7 @@ import optax
 
 from worldlm_jax import local, model, plain, schedule
 from worldlm_jax.config import Config, OptimizerConfig
-from worldlm_jax.exchange import backbone as backbone_lib, relevance
+from worldlm_jax.exchange import backbone as backbone_lib, relevance, trust
 from worldlm_jax.federation import Federation, Member
 from worldlm_jax.plain import Layers
 
@@ -54,6 +54,7 @@ class NodeState:
   own_weight: float = 0.0
   weight: float = 0.0
   relevance: float = relevance.UNKNOWN
+  trust: float = 1.0
   trained: bool = False
   fresh: bool = False
   sent: list[Residual] = dataclasses.field(default_factory=list)
@@ -114,6 +115,12 @@ class Oracle:
     node = self.nodes[path]
     return {"backbone": node.backbone, "key_layers": self._from_lists(node.key_layers)}
 
+  def used(self, path: str, trust: float | None = None) -> model.Params:
+    """The model that a node uses, or would use at another trust."""
+    t = self.nodes[path].trust if trust is None else trust
+    above = self.params(self.federation.by_path[path].parent or path)
+    return jax.tree.map(lambda own, p: jnp.float32(p + t * plain.minus(own, p)), self.params(path), above)
+
   def round(self, index: int, stage: int | None = None, absent: Collection[str] = ()) -> None:
     """One round of the root; arguments as in `schedule.round_steps`."""
     self.index, self.stage, self.absent = index, stage, absent
@@ -142,10 +149,13 @@ class Oracle:
     node.update, node.backbone_update = plain.scaled(node.update, 0.0), plain.zeros(node.backbone)
     node.own_weight = node.weight = 0.0
     node.trained = node.fresh = False
-    level = 0 if q.parent is None else q.path.count("/") + 1
+    level = len(self.federation.ancestors[q.path]) - 1
     trains = schedule.trains(self.federation, level)[[m.path for m in self.federation.levels[level]].index(q.path)]
     if trains and self.stage in (None, level):
       self._train(q)
+      if parent is not None and settings.trust == "validated" and q.path in self.validation:
+        losses = {t: self._loss(q, self.used(q.path, t)) for t in trust.TRUSTS}
+        node.trust = min(losses, key=losses.__getitem__)
     if self.stage == level or not self.children[q.path]:
       return
     for repeat in range(1 if parent is None else settings.rounds_per_parent_round):
@@ -374,15 +384,16 @@ class Oracle:
   def _validation_loss(self, q: Member, key_layers: Layers, backbone: Any) -> float:
     if q.path not in self.validation:
       return 0.0
+    return self._loss(q, {"backbone": backbone, "key_layers": self._from_lists(key_layers)})
+
+  def _loss(self, q: Member, params: model.Params) -> float:
     windows = self.validation[q.path]
-    params = {"backbone": backbone, "key_layers": self._from_lists(key_layers)}
     return float(_loss(self.arch, params, windows)) / np.count_nonzero(windows[:, 1:] >= 0)
 
   def _accept(self, q: Member, own: Layers, mixed: Layers, backbone: Any) -> Layers:
-    if q.settings.acceptance == "always" or q.path not in self.validation:
-      return mixed
-    worse = self._validation_loss(q, mixed, backbone) > self._validation_loss(q, own, backbone)
-    return own if worse else mixed
+    asks = q.settings.acceptance == "validated" and q.path in self.validation
+    losses = [self._validation_loss(q, layers, backbone) if asks else 0.0 for layers in (mixed, own)]
+    return own if losses[0] > losses[1] else mixed
 
   def _to_lists(self, key_layers: Any) -> Layers:
     return [[np.asarray(layer, np.float64).ravel() for layer in leaf] for leaf in jax.tree.leaves(key_layers)]
@@ -400,10 +411,8 @@ def _loss(arch: model.Architecture, params: model.Params, windows_BxW: jax.Array
   return model.loss_sum(arch, params, windows_BxW, jnp.ones(windows_BxW.shape[0], bool))
 
 
-def _optimizer_step(
-  arch: model.Architecture, config: OptimizerConfig, params: model.Params, state: Any, windows_BxW: jax.Array,
-  rate: float, clip_norm: float, weight_decay: float,
-) -> tuple[model.Params, Any]:
+def _optimizer_step(arch: model.Architecture, config: OptimizerConfig, params: model.Params, state: Any,
+                    windows_BxW: jax.Array, rate: float, clip_norm: float, weight_decay: float) -> tuple[Any, Any]:
   tokens = jnp.sum(windows_BxW[:, 1:] >= 0)
   grads = jax.grad(lambda p: _loss(arch, p, windows_BxW) / tokens)(params)
   updates, state = local.optimizer(config, clip_norm, weight_decay).update(grads, state, params)

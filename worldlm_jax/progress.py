@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from worldlm_jax import tree_sources
+
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
@@ -26,7 +28,7 @@ SECONDS_BETWEEN_PLAIN_LINES = 10.0
 class Row:
   """One node after a round. None is what the node does not have, such as the loss of one without data."""
 
-  path: str  # "." is the root
+  path: str
   name: str
   depth: int  # 0 is the root
   tokens: int  # trained on since the start of the run
@@ -111,7 +113,7 @@ class PlainLines:
     self._pace.finished.append(seconds)
     heading = [f"{self._pace.label(round_index)}, {duration(seconds)}",
                "tokens", "loss", "received", "personalised", "change", "learnt most from"]
-    cells = [[row.name if row.path == "." else row.path, *row.values()] for row in rows]
+    cells = [[tree_sources.title(row.path, row.name), *row.values()] for row in rows]
     self._print(_aligned([heading, *cells]))
 
   def message(self, text: str) -> None:

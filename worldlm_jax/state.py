@@ -29,6 +29,7 @@ class LevelState(NamedTuple):
   own_weight: jax.Array  # float32 [N]: what the node's training since its last down-phase weighs in a mean
   weight: jax.Array  # float32 [N]: the same for its whole subtree
   relevance: jax.Array  # float32 [N]: see exchange/relevance.py; UNKNOWN until it has been measured
+  trust: jax.Array  # float32 [N]: see exchange/trust.py
   trained: jax.Array  # bool [N]: whether the node trained since its last down-phase
   fresh: jax.Array  # bool [N]: whether `update` is news to the others since its last down-phase
 
@@ -109,6 +110,7 @@ def init(
       own_weight=jnp.float32(0),
       weight=jnp.float32(0),
       relevance=jnp.float32(relevance.UNKNOWN),
+      trust=jnp.float32(1),
       trained=jnp.bool_(False),
       fresh=jnp.bool_(False),
     )

@@ -46,6 +46,11 @@ def configured_tree(federation: config_lib.FederationConfig, data: config_lib.Da
   return tree
 
 
+def title(path: str, name: str) -> str:
+  """What people call a node: its path; the root by its name, since its path is no word."""
+  return name + path.removeprefix(ROOT) if path in (ROOT, f"{ROOT}/") else path
+
+
 def walk(node: Node, path: str = ROOT) -> Iterable[tuple[str, Node]]:
   """All nodes with their paths, parents before children."""
   validation.validate_node(node, f"node {path!r}")

@@ -50,6 +50,7 @@ def validate(config: Config) -> None:
     _at_least(f"config.{name}", getattr(config, name), least)
   checks.one_of("config.algorithm", config.algorithm, ALGORITHMS)
   checks.one_of("config.schedule", config.schedule, ("parallel", "sequential"))
+  checks.one_of("config.inner_text", config.inner_text, ("beside", "before"))
   _validate_model(config.model)
   data, optimizer = config.data, config.optimizer
   _at_least("config.data.sequence_length", data.sequence_length, 2)
@@ -175,6 +176,7 @@ def validate_node_settings(settings: NodeSettings, where: str) -> None:
   for name in ("down_temperature", "up_temperature", "backbone_independence", "key_layer_independence",
                "full_relevance"):
     _at_least(f"{where}: {name}", getattr(settings, name), 0)
+  checks.one_of(f"{where}: trust", settings.trust, ("validated", "full"))
   checks.one_of(f"{where}: acceptance", settings.acceptance, ("always", "validated"))
 
 

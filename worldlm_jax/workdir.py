@@ -22,6 +22,8 @@ def describe(config: config_lib.Config, federation: Federation, digests: Mapping
   """What a run is of: its config, and every node's resolved settings and text."""
   nodes = {
     member.path: {
+      "name": member.name,
+      "parent": member.parent,
       "settings": config_lib.to_dict(dataclasses.asdict(member.settings)),
       "data": config_lib.to_dict(member.data),
       "digest": digests.get(member.path),

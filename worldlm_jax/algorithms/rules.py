@@ -98,6 +98,7 @@ class Algorithm(NamedTuple):
   tracks: tuple[str, ...] = ()  # the parts whose `LevelState.update` it looks at
   weights: str = "uniform"  # what a member weighs: see BackboneConfig
   needs_validation: bool = False  # whether it looks at the nodes' validation batches
+  trusts: bool = False  # whether nodes use models between their parent's and their own (see exchange/trust.py)
 
 
 KEPT_BACKBONE = BackboneRule(lambda own, parents, takes: own, lambda own, server, *members: (own, server))

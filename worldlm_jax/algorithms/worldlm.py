@@ -44,10 +44,11 @@ def make(config: Config, arch: model.Architecture, federation: Federation) -> Al
     return backbone_lib.apply_server_optimizer(server, own, state, mean)
 
   any_validated = any(member.settings.acceptance == "validated" for member in federation.members)
+  trusts = any(member.settings.trust == "validated" for member in federation.members)
   return Algorithm(
     BackboneRule(receive, merge), AttendRule(config.key_layers, arch, any_validated), shares=("backbone", "key_layers"),
     tracks=("backbone", "key_layers"), weights=config.backbone.weights,
-    needs_validation=any_validated or config.key_layers.similarity == "validation_loss",
+    needs_validation=trusts or any_validated or config.key_layers.similarity == "validation_loss", trusts=trusts,
   )
 
 

@@ -21,10 +21,12 @@ __all__ = ["adapt", "arrange", "has_key_layers", "make"]
 def adapt(config: Config) -> Config:
   """The config with the paper's choices in the place of its own."""
   config = copy.copy(config)
+  config.inner_text = "before"
   config.key_layers = dataclasses.replace(
     config.key_layers, values="layers", similarity="scaled_dot", granularity="layer", prior="uniform"
   )
   config.node = dataclasses.replace(
-    config.node, down_temperature=1.0, up_temperature=1.0, backbone_independence=0.0, key_layer_independence=math.inf
+    config.node, down_temperature=1.0, up_temperature=1.0, backbone_independence=0.0, key_layer_independence=math.inf,
+    trust="full",
   )
   return config

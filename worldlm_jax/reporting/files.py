@@ -3,61 +3,65 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from worldlm_jax import checks, config as config_lib, metrics
-from worldlm_jax.federation import depth
-from worldlm_jax.tree_sources import ROOT
+from worldlm_jax import checks, config as config_lib, metrics, tree_sources
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
   """The nodes of a federation by path, parents before their children, depth first."""
 
-  paths: tuple[str, ...]
-  root_name: str
+  parents: Mapping[str, str | None]  # by path, in that order; None for the root
+  names: Mapping[str, str]
 
   @classmethod
-  def of(cls, paths: Iterable[str], root_name: str) -> "Tree":
-    """From paths in any order; nodes whose parent is missing are left out."""
-    below: dict[str, list[str]] = {}
-    for path in paths:
-      if path != ROOT:
-        below.setdefault(parent(path), []).append(path)
-    ordered, waiting = [], [ROOT]
+  def of(cls, nodes: Mapping[str, Mapping[str, Any]]) -> "Tree":
+    """From what the records say of each node, by path in any order; those without a way to the root are left out."""
+    below: dict[str | None, list[str]] = {}
+    for path, node in nodes.items():
+      below.setdefault(node["parent"], []).append(path)
+    parents: dict[str, str | None] = {}
+    waiting = below.get(None, [])[:1]
     while waiting:
-      ordered.append(waiting.pop())
-      waiting += reversed(below.get(ordered[-1], []))
-    return cls(tuple(ordered), root_name)
+      path = waiting.pop()
+      parents[path] = nodes[path]["parent"]
+      waiting += reversed(below.get(path, []))
+    return cls(parents, {path: str(nodes[path]["name"]) for path in parents})
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """All of them, in order."""
+    return tuple(self.parents)
 
   @functools.cached_property
   def children(self) -> dict[str, list[str]]:
     """By path, in order; leaves have none."""
     found: dict[str, list[str]] = {path: [] for path in self.paths}
-    for path in self.paths:
-      if path != ROOT:
-        found[parent(path)].append(path)
+    for path, parent in self.parents.items():
+      if parent is not None:
+        found[parent].append(path)
     return found
+
+  def depth(self, path: str) -> int:
+    """How many edges lie between the root and the node."""
+    parent = self.parents[path]
+    return 0 if parent is None else 1 + self.depth(parent)
 
   @property
   def num_levels(self) -> int:
     """One for a root alone."""
-    return 1 + max(depth(path) for path in self.paths)
+    return 1 + max(self.depth(path) for path in self.paths)
 
   def title(self, path: str) -> str:
-    """What a person calls the node: its path, or the root's name."""
-    return self.root_name if path == ROOT else path
+    """What a person calls the node."""
+    return tree_sources.title(path, self.names[path])
 
   def name(self, path: str) -> str:
-    """The last part of its path, or the root's name."""
-    return self.root_name if path == ROOT else path.rpartition("/")[2]
-
-
-def parent(path: str) -> str:
-  """The path of the node above; of the root's children ".", which is the root."""
-  return path.rpartition("/")[0] or ROOT
+    """The last part of its path; the root has a name of its own."""
+    return self.names[path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +167,9 @@ def load_run(folder: Path) -> Run:
   record = _read(folder / "config.json", ("config", "nodes", "versions"))
   summary = _read(folder / "summary.json", ("nodes", "tree", "seconds")) if (folder / "summary.json").exists() else None
   stopped = _read(folder / "stopped.json", ("reason",)) if (folder / "stopped.json").exists() else {"reason": ""}
-  tree = Tree.of(record["nodes"], _root_name(record["config"]))
+  tree = Tree.of(record["nodes"])
   checks.require(set(tree.paths) == set(record["nodes"]), f"{folder / 'config.json'}: nodes", list(record["nodes"])[:8],
-                 "a tree: each node's parent and a root '.'")
+                 "a tree: one root, and everybody else's parent")
   rows = tuple(row for row in metrics.read_jsonl(folder / "metrics.jsonl") if row["node"] in record["nodes"])
   return Run(folder, record, rows, summary, str(stopped["reason"]), tree)
 
@@ -174,18 +178,10 @@ def _load_comparison(folder: Path) -> Comparison:
   path = folder / "comparison.json"
   content = _read(path, ("own", "alone", "entries", "seeds", "nodes", "results", "verdicts", "runs"))
   nodes = content["nodes"]
-  tree = Tree.of(nodes, str(nodes[ROOT]["name"]) if ROOT in nodes else "root")
+  tree = Tree.of(nodes)
   checks.require(set(tree.paths) == set(nodes), f"{path}: nodes", list(nodes)[:8],
-                 "a tree: each node's parent and a root '.'")
+                 "a tree: one root, and everybody else's parent")
   return Comparison(folder, content, tree)
-
-
-def _root_name(config: Mapping[str, Any]) -> str:
-  """Only a tree written in the config names its root; the others' are files and folders."""
-  federation = config["federation"]
-  if federation["root"] is not None:
-    return str(federation["root"]["name"])
-  return Path(federation["folder"]).name or "root"
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
@@ -221,7 +217,7 @@ def own_settings(run: Run) -> list[tuple[str, str, Any, Any]]:
   """(path, setting, value, the parent's value) wherever a node does not do as its parent does."""
   nodes = run.record["nodes"]
   return [
-    (path, name, value, nodes[parent(path)]["settings"].get(name))
-    for path in run.tree.paths if path != ROOT
-    for name, value in nodes[path]["settings"].items() if nodes[parent(path)]["settings"].get(name) != value
+    (path, name, value, nodes[parent]["settings"].get(name))
+    for path, parent in run.tree.parents.items() if parent is not None
+    for name, value in nodes[path]["settings"].items() if nodes[parent]["settings"].get(name) != value
   ]

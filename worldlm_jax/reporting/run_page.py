@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from worldlm_jax.reporting import figures, heat_maps, page, run_charts, tree_charts, words
-from worldlm_jax.reporting.files import ROOT, Run, changed_settings, own_settings
+from worldlm_jax.reporting.files import Run, changed_settings, own_settings
 from worldlm_jax.reporting.page import Html
 
 LARGEST_TABLE = 3000  # cells of a matrix that are also written as a table
@@ -299,7 +299,7 @@ def _traffic(run: Run, drawn: list[figures.Chart]) -> Html:
       node = run.summary["nodes"][path]
     else:
       node = {name: sum(row[name] for row in run.rows_of(path)) for name in ("bytes_down", "bytes_up")}
-    if path != ROOT:
+    if run.tree.parents[path] is not None:
       edges.append((run.tree.title(path), node["bytes_down"], node["bytes_up"]))
   if not any(down or up for _, down, up in edges):
     return Html("")

@@ -7,9 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from worldlm_jax.federation import depth
 from worldlm_jax.reporting import figures, palette
-from worldlm_jax.reporting.files import Tree, parent
+from worldlm_jax.reporting.files import Tree
 
 GAP = 0.3  # inches between the columns of a tree
 MOST_ROUTES = 60  # more arcs cannot be told apart
@@ -49,14 +48,14 @@ def nodes(name: str, alt: str, tree: Tree, cells: Mapping[str, Cell], scale: Sca
   height = num_rows * row_height + foot + 0.1
 
   def corner(path: str) -> tuple[float, float]:
-    return 0.03 + depth(path) * column, height - 0.05 - (rows[path] + 0.5) * row_height - box_height / 2
+    return 0.03 + tree.depth(path) * column, height - 0.05 - (rows[path] + 0.5) * row_height - box_height / 2
 
   def paint(figure: Figure, theme: palette.Theme) -> None:
     ax = figures.canvas(figure)
     for path in tree.paths:
       x, y = corner(path)
-      if path != ".":
-        above_x, above_y = corner(parent(path))
+      if (parent := tree.parents[path]) is not None:
+        above_x, above_y = corner(parent)
         middle = x - GAP / 2
         ax.plot([above_x + box_width, middle, middle, x],
                 [above_y + box_height / 2, above_y + box_height / 2, y + box_height / 2, y + box_height / 2],
@@ -105,8 +104,8 @@ def routes(name: str, alt: str, tree: Tree, counts: Mapping[tuple[str, str], int
   row_height, width = 0.27, figures.NARROW
   height = len(rows) * row_height + 0.2
   indent = min(0.16, 0.9 / max(tree.num_levels - 1, 1))
-  names = {path: figures.fit(tree.name(path), 2.35 - indent * depth(path), 8.5) for path in tree.paths}
-  ends = {path: 0.1 + indent * depth(path) + figures.text_width(names[path], 8.5) for path in tree.paths}
+  names = {path: figures.fit(tree.name(path), 2.35 - indent * tree.depth(path), 8.5) for path in tree.paths}
+  ends = {path: 0.1 + indent * tree.depth(path) + figures.text_width(names[path], 8.5) for path in tree.paths}
   start = max(ends.values()) + 0.15
   longest = max((abs(rows[a] - rows[b]) for a, b in shown), default=1)
 
@@ -117,10 +116,10 @@ def routes(name: str, alt: str, tree: Tree, counts: Mapping[tuple[str, str], int
     ax = figures.canvas(figure)
     touched = {path for pair in shown for path in pair}
     for path in tree.paths:
-      x = 0.1 + indent * depth(path)
-      if path != ".":
+      x = 0.1 + indent * tree.depth(path)
+      if (parent := tree.parents[path]) is not None:
         corner = x - indent + 0.04
-        ax.plot([corner, corner, x - 0.04], [y_of(parent(path)) - 0.1, y_of(path), y_of(path)], color=theme.rule,
+        ax.plot([corner, corner, x - 0.04], [y_of(parent) - 0.1, y_of(path), y_of(path)], color=theme.rule,
                 linewidth=0.9, zorder=1)
       ax.text(x, y_of(path), names[path], size=8.5, va="center", color=theme.ink if path in touched else theme.muted)
       if path in touched:
