@@ -127,7 +127,7 @@ def test_metrics_have_a_row_for_every_round_and_node(finished: tuple[list[str], 
   ]
   assert [row["tokens"] for row in rows] == [0, 3 * 3 * 16, 2 * 3 * 16, 0, 2 * 3 * 3 * 16, 2 * 2 * 3 * 16]
   exchanged = {"round", "node", "tokens", "bytes_down", "bytes_up"}
-  trained = {"steps", "loss_nats", "loss_nats_first", "loss_nats_last", "received", "personalised"}
+  trained = {"steps", "trust", "loss_nats", "loss_nats_first", "loss_nats_last", "received", "personalised"}
   for row in rows:
     if row["node"] == ".":
       assert row.keys() == exchanged | {"attention_up", "accepted_up"}

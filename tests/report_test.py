@@ -364,6 +364,16 @@ def test_comparisons_with_gaps(
   assert not re.search(r"\b(nan|None)\b", found.text)
 
 
+def test_a_comparison_on_artificial_languages_shows_their_entropy(tmp_path: Path) -> None:
+  write_comparison(tmp_path, small_tree(), {"local": 0.0, "worldlm": 0.2}, with_runs=())
+  assert "entropy floor" not in made(tmp_path).text
+  content = json.loads((tmp_path / "comparison.json").read_text())
+  content["nodes"]["law/uk"]["floor"] = {"perplexity": 3.25, "bits_per_byte": 1.7}
+  metrics.write_json(tmp_path / "comparison.json", content)
+  shown = made(tmp_path).text
+  assert "entropy floor" in shown and "3.25" in shown
+
+
 def test_runs_outside_the_comparison_are_not_touched(tmp_path: Path) -> None:
   write_comparison(tmp_path / "comparison", node("alone"), GAINS, seeds=(0,), rounds=1, with_runs=())
   write_run(tmp_path / "elsewhere", config_of(node("alone"), 1))

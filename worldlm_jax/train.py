@@ -226,6 +226,7 @@ class _Run:
       self.state, logs = self.engine.train(self.state, step.level, work)
       jax.block_until_ready(self.state[step.level])
     members = self.federation.levels[step.level]
+    trust = jax.device_get(self.state[step.level].trust) if self.engine.algorithm.trusts and step.level else None
     for rows, losses, taken, predicted in jax.device_get(logs):
       for row, loss_S, count, tokens in zip(rows, losses, taken, predicted, strict=True):
         if row >= len(members) or not work.steps[row]:
@@ -243,6 +244,8 @@ class _Run:
           self.now.windows = (self.now.windows + fairness.windows(seen)) % 2**64
         self.now.tokens[path] = self.now.tokens.get(path, 0) + int(tokens)
         records.add_training(self.now.rows[path], loss_S[:count])
+        if trust is not None:
+          self.now.rows[path]["trust"] = float(trust[row])
 
   def _evaluate(self, index: int, kind: str, level: int, mask: np.ndarray) -> None:
     for path, score in self._scores(level, self.valid[level], mask).items():

@@ -119,6 +119,7 @@ def _sent(comparison: Comparison, name: str) -> float:
 def _verdicts(comparison: Comparison) -> Html:
   own, alone = comparison.own, comparison.alone
   rows = []
+  floors = {path: node["floor"]["perplexity"] for path, node in comparison.content["nodes"].items() if node["floor"]}
   for verdict in comparison.content["verdicts"]:
     best = verdict["best"]
     against = verdict["own_against_best_baseline_percent"]
@@ -128,7 +129,8 @@ def _verdicts(comparison: Comparison) -> Html:
     if alone is not None:
       row[1:1] = [words.gain_in_words(verdict["own_gain_percent"], verdict["own_exceeds_noise"]).capitalize()]
       row += [words.with_error(verdict["options"].get(alone)), words.percent_with_error(verdict["own_gain_percent"])]
-    rows.append([*row, words.percent_with_error(against)])
+    floor = [words.perplexity(floors.get(verdict["node"], math.nan))] if floors else []
+    rows.append([*row, words.percent_with_error(against), *floor])
   headings = ["node", "best option", own, "against the best other"]
   left = 2
   if alone is not None:
@@ -136,7 +138,7 @@ def _verdicts(comparison: Comparison) -> Html:
                 "against the best other"]
     left = 3
   return page.join([
-    page.table(headings, rows, left=left),
+    page.table([*headings, *["entropy floor"] * bool(floors)], rows, left=left),
     page.paragraph(f"Personalised test perplexity. Gains are those of {own}; above zero it is better. They are beyond "
                    "the noise where a t-test over the seeds, paired, finds it at 95 %."),
   ])

@@ -199,6 +199,7 @@ def _curves(run: Run, drawn: list[figures.Chart]) -> Html:
 def _nodes(run: Run) -> Html:
   found = scores(run)
   rows = []
+  trusts = any("trust" in row for row in run.rows)
   for path in run.tree.paths:
     node_rows = run.rows_of(path)
     latest = node_rows[-1]["tokens"] if node_rows else 0
@@ -207,12 +208,15 @@ def _nodes(run: Run) -> Html:
     numbers = [words.UNKNOWN] * 3 if own is None else [
       words.perplexity(own["received"]["perplexity"]), words.perplexity(own["personalised"]["perplexity"]),
       words.bits(own["personalised"]["bits_per_byte"])]
-    rows.append([page.breakable(run.tree.title(path)), *numbers, words.count(tokens)])
+    trust = node_rows[-1].get("trust") if node_rows else None
+    more = [words.UNKNOWN if trust is None else f"{trust:g}"] if trusts else []
+    rows.append([page.breakable(run.tree.title(path)), *numbers, words.count(tokens), *more])
   split = "test" if run.summary is not None else "valid"
   return page.join([
-    page.table(["node", "received", "personalised", "bits per byte", "tokens"], rows),
+    page.table(["node", "received", "personalised", "bits per byte", "tokens", *["trust"] * trusts], rows),
     page.paragraph(f"Perplexity on the {split} text of the model as received and personalised; bits per byte are of "
-                   "the personalised one; tokens are what the node trained on."),
+                   "the personalised one; tokens are what the node trained on."
+                   + " Trust: how far from its parent's model towards its own the model in use lies." * trusts),
   ])
 
 
