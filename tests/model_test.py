@@ -221,6 +221,27 @@ def test_loss_sum_is_the_cross_entropy_of_the_next_token():
     np.testing.assert_allclose(loss, expected[rows].sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_logits", [1, 37, 90])
+def test_the_loss_in_chunks_is_the_loss(rounds, monkeypatch, chunk_logits):
+  """In chunks of one token, of a few, and of a size that does not divide the tokens; some of them do not count."""
+  arch, windows, rows = small(**ONE_STACK), tokens_of(4, 5, 9), np.array([True, True, False, True, True])
+  params = start(arch)
+  windows[1, 6:] = -1
+  whole = loss_and_gradient(arch, params, windows, rows)
+  monkeypatch.setattr(transformer, "CHUNK_LOGITS", chunk_logits)
+  loss, gradient = jax.value_and_grad(model.loss_sum, argnums=1)(arch, params, windows, rows)
+  np.testing.assert_allclose(loss, whole[0], rtol=1e-6)
+  rounds.assert_trees_close(gradient, whole[1], 1e-5)
+
+
+def test_the_loss_never_holds_all_logits():
+  arch = small(vocab_size=4096, **ONE_STACK)
+  params, windows = model.abstract_params(arch), jax.ShapeDtypeStruct((1024, 17), jnp.int32)
+  gradient = jax.jit(jax.grad(model.loss_sum, argnums=1), static_argnums=0)
+  memory = gradient.lower(arch, params, windows, jax.ShapeDtypeStruct((1024,), bool)).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 1024 * 16 * 4096 * 4  # 256 MiB: all logits in float32
+
+
 def test_windows_that_do_not_count_add_nothing(rounds):
   arch, windows, rows = small(**ONE_STACK), tokens_of(2, B, T + 1), np.array([True, False])
   loss, gradient = loss_and_gradient(arch, start(arch), windows, rows)

@@ -7,7 +7,7 @@ compile time does not grow with depth. To everything outside `model/` a model is
   backbone    embedding, the first L - m blocks, final norm and (untied) head: shared by all
   key_layers  the last m blocks, leaves `[m, ...]`; empty where m = 0: personal to each node
 
-Shapes: B windows, T positions, D width, H heads, K key-value heads, C head width, V vocabulary.
+Shapes: B windows, T positions, D width, H heads, K key-value heads, C head width, V vocabulary; N is B x T.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ from worldlm_jax import config as config_lib
 from worldlm_jax.config import ModelConfig
 
 Params = dict[str, Any]
+
+CHUNK_LOGITS = 2**24  # how many logits the loss holds at once: 64 MiB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,17 @@ def apply(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> jax.Arra
   With `arch.document_separator`, a position sees those before it in its own document alone, from its
   separator on.
   """
+  return _final_hidden(arch, params, tokens_BxT) @ _head(arch, params)
+
+
+def _head(arch: Architecture, params: Params) -> jax.Array:
+  """The matrix `[D, V]` that makes logits of the last hidden states, in the compute dtype."""
+  backbone = params["backbone"]
+  return (backbone["embedding"].T if arch.tied_head else backbone["head"]).astype(jnp.dtype(arch.compute_dtype))
+
+
+def _final_hidden(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> jax.Array:
+  """What the head sees: `[B, T, D]` after the final norm, in the compute dtype."""
   dtype = jnp.dtype(arch.compute_dtype)
   backbone = params["backbone"]
   mask_Bx1xTxT = None
@@ -105,13 +118,14 @@ def apply(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> jax.Arra
     x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD, mask_Bx1xTxT)
   if arch.num_key_layers:
     x_BxTxD = _apply_blocks(arch, params["key_layers"], x_BxTxD, mask_Bx1xTxT)
-  x_BxTxD = _rms_norm(x_BxTxD, backbone["final_norm"], arch.norm_epsilon)
-  head_DxV = backbone["embedding"].T if arch.tied_head else backbone["head"]
-  return x_BxTxD @ head_DxV.astype(dtype)
+  return _rms_norm(x_BxTxD, backbone["final_norm"], arch.norm_epsilon)
 
 
 def loss_sum(arch: Architecture, params: Params, windows_BxW: jax.Array, rows_B: jax.Array) -> jax.Array:
   """Summed next-token cross-entropy in nats, float32 scalar.
+
+  The logits of all positions are never held at once: `CHUNK_LOGITS` of them are made at a time, and made again for
+  the gradient.
 
   Args:
     arch: the architecture.
@@ -120,12 +134,26 @@ def loss_sum(arch: Architecture, params: Params, windows_BxW: jax.Array, rows_B:
       may end in negative tokens, which are padding: they are not predicted.
     rows_B: bool, which windows count; the others add nothing to the loss or its gradient.
   """
-  tokens_BxW = jnp.maximum(windows_BxW, 0)
-  logits_BxTxV = apply(arch, params, tokens_BxW[:, :-1]).astype(jnp.float32)
-  targets_BxT = tokens_BxW[:, 1:]
-  picked_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
-  losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - picked_BxT
-  return jnp.sum(losses_BxT, where=rows_B[:, None] & (windows_BxW[:, 1:] >= 0))
+  hidden_NxD = _final_hidden(arch, params, jnp.maximum(windows_BxW[:, :-1], 0)).reshape(-1, arch.d_model)
+  targets_N = jnp.where(rows_B[:, None], windows_BxW[:, 1:], -1).ravel()  # negative: does not count
+  head_DxV = _head(arch, params)
+
+  def chunk_loss(hidden_CxD: jax.Array, targets_C: jax.Array) -> jax.Array:
+    logits_CxV = jnp.matmul(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
+    picked_C = jnp.take_along_axis(logits_CxV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
+    return jnp.sum(jax.nn.logsumexp(logits_CxV, axis=-1) - picked_C, where=targets_C >= 0)
+
+  num_chunks = min(targets_N.size, -(-targets_N.size * arch.vocab_size // CHUNK_LOGITS))
+  if num_chunks <= 1:
+    return chunk_loss(hidden_NxD, targets_N)
+  missing = -targets_N.size % num_chunks
+  hidden = jnp.pad(hidden_NxD, ((0, missing), (0, 0))).reshape(num_chunks, -1, arch.d_model)
+  targets = jnp.pad(targets_N, (0, missing), constant_values=-1).reshape(num_chunks, -1)
+
+  def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    return total + jax.checkpoint(chunk_loss)(*chunk), None
+
+  return jax.lax.scan(add, jnp.float32(0), (hidden, targets))[0]
 
 
 def num_targets(windows_BxW: jax.Array, rows_B: jax.Array) -> jax.Array:
