@@ -24,6 +24,7 @@ def get_config() -> c.Comparison:
   ])
   base = c.Config(
     rounds=8,
+    inner_text="before",  # with so much text, it helps that `code` trains first and hands the result to its members
     federation=c.FederationConfig(root=c.Node("library", None, [prose, code])),
     node=c.NodeSettings(local_steps=25, batch_size=8, learning_rate=3e-3, warmup_steps=20),
     model=model.PRESETS["tiny"](),

@@ -257,7 +257,7 @@ class EvaluationConfig:
   valid_windows: int = 32  # of every round's valid score
   test_windows: int = 0  # of the summary's test score
   personalised: str = "last"  # last | best: the round whose personalised model is tested, by the node's valid loss
-  acceptance_windows: int = 16  # of validated trust and acceptance and of the validation_loss similarity
+  acceptance_windows: int = 8  # of validated trust and acceptance and of the validation_loss similarity
   matrix_windows: int = 16  # of every node's test text that every node's model is scored on at the end; 0: none
 
 
