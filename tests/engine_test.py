@@ -54,7 +54,7 @@ def test_engine_equals_the_loop(rounds, key_layers):
 
 @pytest.mark.parametrize("change", [
   "sequential", "absent", "server", "acceptance", "acceptance of updates", "moments", "no key layers", "tokens",
-  "independence", "independence by relevance",
+  "independence",
 ])
 def test_engine_equals_the_loop_in_every_mode(rounds, change):
   config = rounds.tiny_config(ragged(rounds), values="layers", similarity="param_cosine")
@@ -78,7 +78,7 @@ def test_engine_equals_the_loop_in_every_mode(rounds, change):
   elif change.startswith("independence"):  # some take their parent's for one round more than others, or one part of it
     config.key_layers = config_lib.KeyLayerConfig(update_threshold=-1.0)
     config.node.backbone_independence, config.node.key_layer_independence = 40.0, 12.0
-    config.node.full_relevance = 0.1 if change.endswith("relevance") else 0.0
+    config.federation.overrides = {"c": {"backbone_independence": math.inf}, "b": {"key_layer_independence": 0.0}}
   else:
     config.model.key_layer_share = 0.0
   num_rounds = 3 if absent or change.startswith("independence") else 2

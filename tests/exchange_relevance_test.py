@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from worldlm_jax.exchange.relevance import UNKNOWN, relevance
+from worldlm_jax.exchange.relevance import UNKNOWN, relevance, shares
 
 UPDATES = np.random.default_rng(3).normal(size=(3, 7))
 
@@ -35,3 +35,24 @@ def test_those_who_learn_the_same_agree_fully_and_those_who_unlearn_it_not_at_al
 def test_nothing_is_known_where_nobody_else_moved_or_oneself_did_not():
   found = measured([UPDATES[0], 0 * UPDATES[1], UPDATES[2]], [0.5 * UPDATES[0], UPDATES[1], UPDATES[2]], [0.5, 0.1, 0])
   np.testing.assert_allclose(found, [UNKNOWN, UNKNOWN, 1], atol=1e-5)
+
+
+def sharing(relevances, epochs, independence, num_rounds=20):
+  """For how many rounds each shares, from the first on."""
+  arrays = [np.asarray(values, np.float32) for values in (relevances, epochs, independence)]
+  by_round = np.array([shares(*arrays, np.int32(i), np.int32(num_rounds)) for i in range(num_rounds + 1)])
+  counts = by_round.sum(axis=0)
+  assert (by_round == (np.arange(num_rounds + 1)[:, None] < counts)).all()  # who has gone does not come back
+  return counts.tolist()
+
+
+def test_how_long_nodes_share():
+  """20 e / (e + c (1 - r) / r), rounded up; one round more, that is for ever, for c = 0 and for infinite e."""
+  assert sharing([0.76, 0.74, 0.88, 0.13], [1.0, 12.0, 12.0, 12.0], [12.0] * 4) == [5, 15, 18, 3]
+  assert sharing([0.5] * 4, [3.0, 3.0, np.inf, np.inf], [0.0, np.inf, 5.0, np.inf]) == [21, 0, 21, 0]
+  assert sharing([-0.4, 1.0, UNKNOWN], [3.0] * 3, [12.0] * 3) == [1, 20, 20]
+
+
+def test_less_text_more_relevance_and_less_independence_share_longer():
+  grid = sharing([0.3, 0.6, 0.6, 0.6], [2.0, 2.0, 4.0, 4.0], [12.0, 12.0, 12.0, 6.0])
+  assert grid == sorted(grid) and len(set(grid)) == 4

@@ -26,12 +26,11 @@ class NodeSettings:
   rounds_per_parent_round: int = 1  # rounds a federation runs with its children per round of its own
   down_temperature: float = 0.1  # of attend over layers when the parent's arrive; 0 keeps one's own (by cosines)
   up_temperature: float = 0.1  # of attend over layers of one's children; inf is the plain mean
-  # A node takes its parent's backbone over as it is until e / (e + c) of the run, its key layers until the square of
-  # that, and goes its own way from then on. e: how often its subtree sees its text in the whole run; c: these numbers,
-  # where 0 means never and inf from the start.
-  backbone_independence: float = 3.0
-  key_layer_independence: float = 3.0
-  full_relevance: float = 0.5  # a node whose first update agrees less with the others' shares for less; 0: off
+  # A node takes its parent's backbone and key layers over as they are until e / (e + c (1 - r) / r) of the run, and
+  # goes its own way from then on. e: how often its subtree sees its text in the whole run; r: how relevant others are
+  # (see exchange/relevance.py); c: these numbers, where 0 means never and inf from the start.
+  backbone_independence: float = 12.0
+  key_layer_independence: float = 12.0
   trust: str = "validated"  # validated | full: how far its model follows its own training (see exchange/trust.py)
   acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
   max_train_bytes: int = 0  # train on a sample of the node's documents, at most so large; 0: on all of them

@@ -57,7 +57,8 @@ class Engine:
     self.topologies = [state_lib.topology(federation, level, mesh) for level in range(len(federation.levels))]
     self.validation = validation
     self._text_tokens = text_tokens
-    self._shared_rounds = schedule.shared_rounds(config, federation, text_tokens)
+    self._epochs = schedule.epochs(config, federation, text_tokens)
+    self._num_rounds = config.rounds * len(schedule.stages(federation, config.schedule))
     self.nodes_at_once = config.nodes_at_once or partition.choose_nodes_at_once(
       max(len(level) for level in federation.levels), model.abstract_params(arch), self.abstract_state(), mesh
     )
@@ -96,7 +97,7 @@ class Engine:
 
     new, log = self._call(
       ("down", level), phase, state[level], above, deeper, self._inputs(level, step.active, "down"),
-      rules.PhaseInputs(np.int32(round_index), np.bool_(step.first_repeat)),
+      self._phase(step, round_index),
     )
     return _with_level(state, level, new), log
 
@@ -114,7 +115,7 @@ class Engine:
     new, log = self._call(
       ("up", level), phase, state[level], state[level + 1], self._pad(level + 1, members_active),
       self._inputs(level, step.active, "up"),
-      rules.PhaseInputs(np.int32(round_index), np.bool_(step.first_repeat)),
+      self._phase(step, round_index),
     )
     return _with_level(state, level, new), log
 
@@ -235,6 +236,9 @@ class Engine:
   def _inputs(self, level: int, active: np.ndarray, phase: str) -> rules.NodeInputs:
     return self._nodes[level][phase]._replace(active=self._pad(level, active))
 
+  def _phase(self, step: schedule.Step, round_index: int) -> rules.PhaseInputs:
+    return rules.PhaseInputs(np.int32(round_index), np.bool_(step.first_repeat), np.int32(self._num_rounds))
+
   def _constants(self, level: int) -> dict[str, rules.NodeInputs]:
     """What a level's nodes bring to the down- and the up-phase, but for who is active."""
     members = self.federation.levels[level]
@@ -243,11 +247,12 @@ class Engine:
     if self.validation is not None:
       windows, counts = self.validation[level]
     validated = np.array([m.settings.acceptance == "validated" for m in members])
-    full_relevance = np.array([m.settings.full_relevance for m in members], np.float32)
+    backbone = np.array([m.settings.backbone_independence for m in members], np.float32)
+    key_layers = np.array([m.settings.key_layer_independence for m in members], np.float32)
     text = np.array([self._text_tokens.get(m.path, 0) for m in members], np.float32)
     text_share = text / max(1, sum(self._text_tokens.values()))
-    rounds = (self._shared_rounds[part][level] for part in ("backbone", "key_layers"))
-    shared = [self._pad(level, array) for array in (*rounds, full_relevance, text_share, validated, windows, counts)]
+    arrays = self._epochs[level], backbone, key_layers, text_share, validated, windows, counts
+    shared = [self._pad(level, array) for array in arrays]
     temperatures = {
       "down": [m.settings.down_temperature for m in members], "up": [m.settings.up_temperature for m in members]
     }

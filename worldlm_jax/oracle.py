@@ -87,11 +87,9 @@ class Oracle:
     self.config, self.federation, self.arch = config, federation, arch
     self.batch, self.learning_rate, self.validation = batch, learning_rate, validation
     self.text_tokens = text_tokens
-    shared_rounds = schedule.shared_rounds(config, federation, text_tokens)
-    self.shared_rounds = {
-      m.path: {part: rounds[d][i] for part, rounds in shared_rounds.items()}
-      for d, level in enumerate(federation.levels) for i, m in enumerate(level)
-    }
+    self.num_rounds = config.rounds * len(schedule.stages(federation, config.schedule))
+    epochs = schedule.epochs(config, federation, text_tokens)
+    self.epochs = {m.path: epochs[d][i] for d, level in enumerate(federation.levels) for i, m in enumerate(level)}
     self.structure = jax.tree.structure(params["key_layers"])
     params = jax.tree.map(jnp.asarray, params)
     self.shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["key_layers"])]
@@ -135,16 +133,16 @@ class Oracle:
     """
     node, settings = self.nodes[q.path], q.settings
     if parent is not None:
-      above, rounds = self.nodes[parent.path], self.shared_rounds[q.path]
+      above = self.nodes[parent.path]
       if node.fresh and first_repeat and node.relevance == relevance.UNKNOWN:
         self._measure_relevance(q, parent)
-      share = np.clip(node.relevance / settings.full_relevance, 0, 1) if settings.full_relevance else 1.0
-      takes = {part: np.isinf(limit) or self.index < np.ceil(share * limit) for part, limit in rounds.items()}
-      if takes["backbone"]:
+      known = jnp.float32(node.relevance), jnp.float32(self.epochs[q.path])
+      now = jnp.int32(self.index), jnp.int32(self.num_rounds)
+      if relevance.shares(*known, jnp.float32(settings.backbone_independence), *now):
         node.backbone = above.backbone
       if self.num_layers:
         self._attend_down(q, parent, first_repeat, last)
-        if takes["key_layers"]:
+        if relevance.shares(*known, jnp.float32(settings.key_layer_independence), *now):
           node.key_layers = above.key_layers
     node.update, node.backbone_update = plain.scaled(node.update, 0.0), plain.zeros(node.backbone)
     node.own_weight = node.weight = 0.0

@@ -113,36 +113,25 @@ def steps_per_round(federation: Federation, stage: int | None) -> dict[str, int]
   return count
 
 
-def shared_rounds(
-  config: Config, federation: Federation, text_tokens: Mapping[str, int]
-) -> dict[str, list[np.ndarray]]:
-  """By part of the model, per level: for how many rounds each node takes over its parent's part, if fully relevant.
+def epochs(config: Config, federation: Federation, text_tokens: Mapping[str, int]) -> list[np.ndarray]:
+  """Per level, how often each node's subtree sees its text in the whole run: float32 `[n]`.
 
-  Node q takes the backbone over until `e / (e + c)` of the run, and the key layers until the square of that, so that
-  they go first. e is how often its subtree sees its text (of `text_tokens` tokens by path), c the node's
-  `backbone_independence` or `key_layer_independence`. float32 `[n]` each; inf where c is 0. A federation without text
-  of its own has no way of its own to go, and hands on what comes from above; unless c is inf.
+  `text_tokens` says by path how much text there is. Nodes that do not train have no way of their own to go: inf.
   """
   tokens = dict.fromkeys(text_tokens, 0)
-  turns = stages(federation, config.schedule)
-  for stage in turns:
+  for stage in stages(federation, config.schedule):
     for path, count in steps_per_round(federation, stage).items():
       if path in tokens:
         windows = config.rounds * count * federation.by_path[path].settings.batch_size
         tokens[path] += windows * config.data.sequence_length
 
-  def rounds(member: Member, c: float, power: int) -> float:
-    below = [m.path for m in federation.subtree(member.path) if m.path in tokens]
-    epochs = sum(tokens[p] for p in below) / max(1, sum(text_tokens[p] for p in below))
-    if c == 0 or (member.data is None and not math.isinf(c)):
+  def seen(member: Member) -> float:
+    if not member.trains:
       return math.inf
-    return config.rounds * len(turns) * (epochs / (epochs + c)) ** power
+    below = [m.path for m in federation.subtree(member.path) if m.path in tokens]
+    return sum(tokens[p] for p in below) / max(1, sum(text_tokens[p] for p in below))
 
-  return {
-    part: [np.array([rounds(m, getattr(m.settings, setting), power) for m in level], np.float32)
-           for level in federation.levels]
-    for part, setting, power in (("backbone", "backbone_independence", 1), ("key_layers", "key_layer_independence", 2))
-  }
+  return [np.array([seen(m) for m in level], np.float32) for level in federation.levels]
 
 
 def first_positions(federation: Federation, rounds: int) -> dict[str, int]:

@@ -173,8 +173,7 @@ def validate_node_settings(settings: NodeSettings, where: str) -> None:
   _at_least(f"{where}: weight_decay", settings.weight_decay, 0)
   checks.require(settings.clip_norm > 0, f"{where}: clip_norm", settings.clip_norm, "a positive norm",
                  "inf switches clipping off")
-  for name in ("down_temperature", "up_temperature", "backbone_independence", "key_layer_independence",
-               "full_relevance"):
+  for name in ("down_temperature", "up_temperature", "backbone_independence", "key_layer_independence"):
     _at_least(f"{where}: {name}", getattr(settings, name), 0)
   checks.one_of(f"{where}: trust", settings.trust, ("validated", "full"))
   checks.one_of(f"{where}: acceptance", settings.acceptance, ("always", "validated"))

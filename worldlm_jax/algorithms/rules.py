@@ -25,9 +25,9 @@ class NodeInputs(NamedTuple):
 
   active: Any  # bool: takes part in this phase
   temperature: Any  # float32, of this phase
-  backbone_rounds: Any  # float32: how many rounds it takes its parent's backbone as it is, if fully relevant
-  key_layer_rounds: Any  # float32: the same for key layers
-  full_relevance: Any  # float32: the least relevance that is full
+  epochs: Any  # float32: how often it sees its text in the whole run; see schedule.epochs
+  backbone_independence: Any  # float32: see exchange/relevance.py
+  key_layer_independence: Any  # float32
   text_share: Any  # float32: of all text, how much the node has
   validated: Any  # bool: keeps its own key layers where the mixed ones are worse
   windows: Any  # int32 [E, W]: its validation batch; E is 0 where no rule needs one
@@ -39,6 +39,7 @@ class PhaseInputs(NamedTuple):
 
   round_index: Any  # int32 scalar
   first_repeat: Any  # bool scalar: see schedule.Step
+  num_rounds: Any  # int32 scalar: of the whole run
 
 
 class BackboneRule(NamedTuple):
@@ -157,7 +158,7 @@ def down(
     return trees.where(nodes.active, begun, level), {}
   parents = trees.take(above.params["backbone"], topology.parent)
   backbone = algorithm.backbone.receive(
-    level.params["backbone"], parents, _takes(level, nodes, nodes.backbone_rounds, phase)
+    level.params["backbone"], parents, _takes(level, nodes, nodes.backbone_independence, phase)
   )
   key_layers, received = level.params["key_layers"], level.received
   log: Log = {}
@@ -165,7 +166,7 @@ def down(
     pool, above_in_pool, eligible = _pool(level, above, deeper, topology)
     key_layers, received, log = algorithm.key_layers.receive(
       Descent(level, above, backbone, pool, above_in_pool, eligible,
-              _takes(level, nodes, nodes.key_layer_rounds, phase), topology, nodes, phase)
+              _takes(level, nodes, nodes.key_layer_independence, phase), topology, nodes, phase)
     )
   after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
   return trees.where(nodes.active, after, level), log
@@ -215,12 +216,9 @@ def up(
   return trees.where(nodes.active & (gained > 0), after, level), log  # where nobody trained, nothing is merged
 
 
-def _takes(level: LevelState, nodes: NodeInputs, rounds: jax.Array, phase: PhaseInputs) -> jax.Array:
+def _takes(level: LevelState, nodes: NodeInputs, independence: jax.Array, phase: PhaseInputs) -> jax.Array:
   """Who takes the parent's part of the model as it is: bool `[N]`."""
-  full = jnp.where(nodes.full_relevance > 0, nodes.full_relevance, 1.0)
-  share = jnp.where(nodes.full_relevance > 0, jnp.clip(level.relevance / full, 0.0, 1.0), 1.0)
-  limit = jnp.ceil(share * jnp.where(jnp.isinf(rounds), 0.0, rounds))
-  return jnp.isinf(rounds) | (phase.round_index < limit)
+  return relevance.shares(level.relevance, nodes.epochs, independence, phase.round_index, phase.num_rounds)
 
 
 def _pool(

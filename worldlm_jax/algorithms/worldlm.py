@@ -7,7 +7,7 @@ Language Models", arXiv:2405.14446.
          K_q <- K_p while q shares them, else attend(K_q, memory + residual layers routed to q)
   up     B_p <- server_optimizer(B_p, mean_c D_c);  K_p <- K_p + mean_c D_c     D: changes since the down-phase
 
-How long a node shares is ours (`schedule.shared_rounds`, `exchange/relevance.py`), and so is attention over updates.
+How long a node shares is ours (`exchange/relevance.py`), and so is attention over updates.
 With attention over layers the memory is {K_q, K_p}, and {K_c} + {K_p if p trained} in the up-phase, where it takes the
 place of the mean. Where the paper is silent: in the down-phase all candidates have the same prior; a residual layer
 that a node received is offered to its children with everything else in their pool; a federation that did not train

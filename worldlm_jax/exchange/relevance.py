@@ -5,7 +5,14 @@
 
 R_q is the weighted mean of everybody's updates, and q's own share is taken out of it. The cosine of first updates
 tells related text from unrelated better than any later one: all of them begin at the same parameters, and nobody has
-learned what all text has in common yet. Shapes: N nodes of a level.
+learned what all text has in common yet.
+
+It decides for how long a node shares its parent's model, before it goes its own way:
+
+  until  e / (e + c (1 - r) / r)  of the run,   e: how often it sees its text,  r: its relevance,  c: its independence
+
+A shared model errs by how others differ, which (1 - r) / r measures, and one's own by overfitting, the more the more
+often it has seen the same text. Shapes: N nodes of a level.
 """
 
 import jax
@@ -14,6 +21,7 @@ import jax.numpy as jnp
 from worldlm_jax import trees
 
 UNKNOWN = 2.0  # no cosine is as large
+LEAST = 1e-3  # whoever is less relevant is as good as unrelated
 
 
 def relevance(update_N: trees.PyTree, moved_N: trees.PyTree, share_N: jax.Array) -> jax.Array:
@@ -34,3 +42,20 @@ def relevance(update_N: trees.PyTree, moved_N: trees.PyTree, share_N: jax.Array)
   known_N = (own_N > 0) & (others_N > 0)
   norms_N = jnp.sqrt(own_N) * jnp.sqrt(others_N)
   return jnp.where(known_N, product_N / jnp.where(known_N, norms_N, 1.0), UNKNOWN)
+
+
+def shares(
+  relevance_N: jax.Array, epochs_N: jax.Array, independence_N: jax.Array, round_index: jax.Array, num_rounds: jax.Array
+) -> jax.Array:
+  """Which nodes still take over their parent's model as it is: bool `[N]`. As long as r is UNKNOWN, whoever may.
+
+  Args:
+    relevance_N: r.
+    epochs_N: e > 0; inf for those that have no way of their own to go.
+    independence_N: c; 0 shares for ever, inf never.
+    round_index, num_rounds: where in the run this is.
+  """
+  relevance_N = jnp.clip(relevance_N, LEAST, 1.0)
+  part_N = 1 / (1 + independence_N * (1 - relevance_N) / relevance_N / epochs_N)
+  for_ever_N = (independence_N == 0) | jnp.isinf(epochs_N)
+  return ~jnp.isinf(independence_N) & (for_ever_N | (round_index < jnp.ceil(num_rounds * part_N)))
