@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from worldlm_jax import checks, config as c, entries
+from worldlm_jax import algorithms, checks, config as c, entries
 
 
 def _base() -> c.Config:
@@ -33,6 +33,13 @@ def test_every_entry_is_planned_with_every_seed() -> None:
   changed = planned[2].config
   assert (changed.backbone.server_optimizer, changed.node.learning_rate) == ("nesterov", 0.5)
   assert comparison.base == _base() and planned[0].config.backbone == c.BackboneConfig()
+
+
+def test_entries_are_planned_as_their_runs_record_them() -> None:
+  """Or a comparison would not know its finished runs again."""
+  paper = entries.plan(_comparison(c.Entry("paper", {"algorithm": "worldlm_paper"})))[2].config
+  assert (paper.inner_text, paper.key_layers.similarity) == ("before", "scaled_dot")
+  assert algorithms.adapted(paper) == paper
 
 
 def test_fewer_rounds_of_more_steps_are_as_fair() -> None:

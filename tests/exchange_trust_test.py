@@ -60,7 +60,7 @@ def test_engine_equals_the_loop(rounds, settings):
     losses = harness.engine.score(harness.state, d, Evaluation([text] * len(level), 3, 8), np.ones(len(level), bool))
     for m, total in zip(level, engine_lib.scores_by_row(losses, len(level)), strict=True):
       expected = model.loss_sum(harness.arch, oracle.used(m.path), windows, everything)
-      assert total == pytest.approx(float(expected), rel=1e-4)
+      assert total == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_what_is_sent_and_trained_on_is_the_whole_of_ones_training(rounds):

@@ -67,7 +67,6 @@ def windows_per_node(config: Config) -> dict[str, tuple[int, int]]:
 
   Raises `InputError` where the config is wrong.
   """
-  config = algorithms.adapted(config)
   federation = federation_lib.resolve(config)
   steps: dict[str, int] = {}
   for stage in schedule.stages(federation, config.schedule):
@@ -129,7 +128,7 @@ def _configured(base: Config, entry: Entry, seed: int) -> Config:
     for parent in parents:
       holder = getattr(holder, parent)
     setattr(holder, name, copy.deepcopy(value))
-  return config
+  return algorithms.adapted(config)  # as its run will record it
 
 
 def _field_names(kind: type, prefix: str = "") -> list[str]:
