@@ -129,7 +129,8 @@ def write_comparison(folder: Path, root: c.Node, gains: dict[str, float | None],
                 for name, gain in gains.items()},
     "nodes": {m.path: {"parent": m.parent, "name": m.name, "has_text": m.data is not None, "train_tokens": 9000,
                        "epochs": 0.7, "floor": None} for m in federation.members},
-    "verdicts": [verdicts.verdict(path, results, "worldlm", alone) for path in texts],
+    "verdicts": [verdicts.verdict(path, {name: found for name, found in results.items() if name != "centralized"},
+                                  "worldlm", alone) for path in texts],
     "fairness": {"tokens": 9000, "initial_parameters": "ab12"},
   })
 
@@ -362,6 +363,12 @@ def test_comparisons_with_gaps(
   assert_stands_by_itself(found)
   assert expected in found.text
   assert not re.search(r"\b(nan|None)\b", found.text)
+
+
+def test_pooled_training_is_shown_but_is_no_option_of_a_node(tmp_path: Path) -> None:
+  write_comparison(tmp_path, small_tree(), {"local": 0.0, "centralized": 0.3, "worldlm": 0.2}, with_runs=())
+  assert "centralized" in made(tmp_path).text
+  assert "best option" in made(tmp_path).text
 
 
 def test_a_comparison_on_artificial_languages_shows_their_entropy(tmp_path: Path) -> None:

@@ -149,7 +149,9 @@ def _dots(comparison: Comparison, looks: Sequence[Look], drawn: list[figures.Cha
   if not verdicts:
     return Html("")
   field = "options" if alone is None else "gain_percent"
-  shown = [look for look in looks if comparison.names[look.place] != alone]
+  # Pooled training is no option of a node's, so that its verdicts leave it out.
+  shown = [look for look in looks if comparison.names[look.place] in verdicts[0][field] and
+           comparison.names[look.place] != alone]
   rows = [(comparison.tree.title(v["node"]), {look.place: v[field][comparison.names[look.place]] for look in shown})
           for v in verdicts]
   axis = "test perplexity, personalised" if alone is None else "← worse  ·  than training alone  ·  better →"
