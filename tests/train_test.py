@@ -82,7 +82,7 @@ def tiny_run(texts: str, schedule: str = "parallel") -> config_lib.Config:
     node=config_lib.NodeSettings(local_steps=2, batch_size=3, warmup_steps=1),
     model=config_lib.ModelConfig(num_layers=3, d_model=12, num_heads=3, num_kv_heads=1, d_ff=17, key_layer_share=0.6),
     data=config_lib.DataConfig(sequence_length=13),
-    evaluation=config_lib.EvaluationConfig(valid_windows=3, test_windows=5, matrix_windows=5),
+    evaluation=config_lib.EvaluationConfig(valid_windows=3, test_windows=5, matrix_windows=5), inner_text="before",
   )
 
 
@@ -373,7 +373,10 @@ def test_every_model_is_scored_on_every_text_at_the_end(finished):
   assert found["models"] == [".", "a", "a/p", "a/q", "b", "b/r", "b/s"]
   assert found["corpora"] == [".", "a", "a/p", "a/q", "b/r", "b/s"]
   assert np.shape(found["perplexity"]) == (7, 6) and np.isfinite(found["perplexity"]).all()
-  for path in ("a/p", "a/q", "b/r", "b/s"):  # nothing has changed leaves since they trained
+  trusts = {row["node"]: row.get("trust") for row in metrics.read_jsonl(finished / "metrics.jsonl")}
+  whole = [path for path in ("a/p", "a/q", "b/r", "b/s") if trusts[path] == 1]
+  assert whole  # where trust is less, the model in use has moved with the parent's
+  for path in whole:  # nothing has changed leaves since they trained
     own = found["perplexity"][found["models"].index(path)][found["corpora"].index(path)]
     assert own == pytest.approx(summary["nodes"][path]["personalised"]["perplexity"])
 

@@ -16,7 +16,7 @@ TEXT = c.Files("unread")
 
 
 def _resolve(root: c.Node | None = None, **where: Any) -> f.Federation:
-  return f.resolve(c.Config(federation=c.FederationConfig(root=root, **where)))
+  return f.resolve(c.Config(federation=c.FederationConfig(root=root, **where), inner_text="before"))
 
 
 def _setting(federation: f.Federation, name: str) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Engine:
                         np.int32(start), logs=False)
       logs.append(WaveLog(rows[new], *(array[new] for array in found)))
     own = slim._replace(server=whole.server, residuals=whole.residuals, received=whole.received)
-    if self.algorithm.trusts and level:
+    if self.algorithm.trusts and level and self.validation is not None:
       own = own._replace(trust=self._settled(level, own, state[level - 1], work.steps > 0))
     return _with_level(state, level, own), logs
 
