@@ -123,6 +123,7 @@ def test_a_flattened_tree_has_every_text_and_as_many_steps() -> None:
   tree = _numbered()
   flat = f.flattened(tree)
   assert [m.path for m in flat.levels[1]] == [".", "far", "near", "far/off"] and len(flat.levels) == 2
+  assert [m.name for m in flat.levels[1]] == ["world", "far", "near", "far/off"]  # names of people, not "."
   assert flat.root.path == ".." and not flat.root.trains and {m.parent for m in flat.levels[1]} == {".."}
   steps = schedule.steps_per_round(tree, None)
   assert schedule.steps_per_round(flat, None) == steps | {"..": 0} and steps["far/off"] == 6

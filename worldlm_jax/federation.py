@@ -148,7 +148,7 @@ def _members_of(root: Member, federation: Federation) -> tuple[Member, ...]:
       1 if above.parent is None else above.settings.rounds_per_parent_round
     )
   return tuple(
-    dataclasses.replace(m, name=m.path, parent=root.path,
+    dataclasses.replace(m, name=tree_sources.title(m.path, m.name), parent=root.path,
                         settings=dataclasses.replace(m.settings, local_steps=times[m.path] * m.settings.local_steps))
     for m in federation.members if m.data is not None
   )
