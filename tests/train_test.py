@@ -164,7 +164,7 @@ def flag_lines(texts: str) -> list[str]:
     "config.node.batch_size=3", "config.node.warmup_steps=1", "config.model.num_layers=3", "config.model.d_model=12",
     "config.model.num_heads=3", "config.model.num_kv_heads=1", "config.model.d_ff=17",
     "config.model.key_layer_share=0.6", "config.data.sequence_length=13", "config.evaluation.valid_windows=3",
-    "config.evaluation.test_windows=5", "config.evaluation.matrix_windows=5",
+    "config.evaluation.test_windows=5", "config.evaluation.matrix_windows=5", "config.inner_text=before",
   ]
 
 
