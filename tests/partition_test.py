@@ -18,8 +18,9 @@ def mesh_of(num_devices):
 
 
 def test_a_mesh_has_all_devices_on_the_node_axis():
-  assert dict(partition.make_mesh().shape) == {"node": 8}
-  assert dict(mesh_of(3).shape) == {"node": 3}
+  assert dict(partition.make_mesh().shape) == {"node": 8, "fsdp": 1, "tensor": 1}
+  assert dict(mesh_of(3).shape) == {"node": 3, "fsdp": 1, "tensor": 1}
+  assert dict(partition.make_mesh(fsdp=2, tensor=2).shape) == {"node": 2, "fsdp": 2, "tensor": 2}
 
 
 @hypothesis.given(st.integers(0, 97), st.integers(1, 8))
@@ -86,7 +87,7 @@ def test_on_cpus_one_node_trains_at_a_time():
 def test_elsewhere_as_many_nodes_train_at_once_as_fit_beside_the_state(num_nodes, expected):
   """Two devices with 80 bytes free each, 10 of which the state takes; a node of 1 byte needs 7."""
   device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 90, "bytes_in_use": 10})
-  mesh = types.SimpleNamespace(devices=np.array([device, device], object), shape={"node": 2})
+  mesh = types.SimpleNamespace(devices=np.array([device, device], object).reshape(2, 1, 1), shape={"node": 2})
   params, state = {"x": np.ones(1, np.int8)}, {"x": np.ones(20, np.int8)}
   assert partition.choose_nodes_at_once(num_nodes, params, state, mesh) == expected
 
@@ -104,6 +105,6 @@ def test_put_spreads_the_rows_over_the_devices():
 ])
 def test_a_process_has_the_nodes_on_its_own_devices(num_nodes, own):
   devices = [types.SimpleNamespace(process_index=process) for process in (0, 0, 1, 1)]
-  mesh = types.SimpleNamespace(shape={"node": 4}, devices=np.array(devices, object))
+  mesh = types.SimpleNamespace(shape={"node": 4}, devices=np.array(devices, object).reshape(4, 1, 1))
   assert partition.own_nodes(num_nodes, mesh).tolist() == [bool(i) for i in own]
   assert partition.own_nodes(num_nodes, mesh_of(4)).all()

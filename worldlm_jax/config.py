@@ -278,6 +278,15 @@ class LoggingConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class MeshConfig:
+  """How many devices each axis of the mesh has; 0 is chosen for you. Their product is the number of devices."""
+
+  node: int = 0  # nodes of a level that are spread over devices
+  fsdp: int = 0  # devices that share one node's parameters, moments and batches
+  tensor: int = 0  # devices that share one node's matrix products
+
+
+@dataclasses.dataclass(slots=True)
 class Config:
   """One experiment."""
 
@@ -287,6 +296,7 @@ class Config:
   schedule: str = "parallel"  # parallel | sequential
   inner_text: str = "beside"  # a federation's own text: one member more, "beside" its members, or "before" they train
   nodes_at_once: int = 0  # nodes of a level that train side by side on a device; 0: chosen for you
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
   node: NodeSettings = dataclasses.field(default_factory=NodeSettings)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -70,15 +70,20 @@ class Engine:
 
   def init(self) -> state_lib.State:
     """The state before the first round; every node starts from the same parameters."""
-    return jax.jit(self._init, out_shardings=partition.node_sharding(self.mesh))(rngs.key(self.config.seed, "init"))
+    key = rngs.key(self.config.seed, "init")
+    return jax.jit(self._init, out_shardings=partition.shardings(jax.eval_shape(self._init, key), self.mesh))(key)
 
   def initial_params(self) -> model.Params:
     """The parameters from which every node starts, those of one model."""
     return jax.jit(functools.partial(model.init, self.arch))(rngs.key(self.config.seed, "init"))
 
   def abstract_state(self) -> state_lib.State:
-    """The shapes and dtypes of the state, without computing it."""
-    return jax.eval_shape(self._init, rngs.key(self.config.seed, "init"))
+    """The shapes, dtypes and shardings of the state, without computing it."""
+    shapes = jax.eval_shape(self._init, rngs.key(self.config.seed, "init"))
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      shapes, partition.shardings(shapes, self.mesh),
+    )
 
   def _init(self, key: jax.Array) -> state_lib.State:
     params = model.init(self.arch, key)
@@ -150,7 +155,7 @@ class Engine:
     settles = self._put(trained & self._pad_host(level, validated))
     nodes, trust = self._nodes[level]["up"], own.trust
     for start, rows, _ in self._waves(level):
-      phase = functools.partial(self._settle_phase, level, len(rows) // self.mesh.size)
+      phase = functools.partial(self._settle_phase, level, len(rows) // self.mesh.shape[partition.NODE])
       trust = self._call(("settle", level, len(rows)), phase, trust, own.params, above.params, nodes.windows,
                          nodes.num_windows, settles, np.int32(start), logs=False)
     return trust
@@ -177,7 +182,7 @@ class Engine:
       params, trust, parent = partition.take_wave((*own, self._parent(level)), start, size, self.mesh)
       return trust_lib.used(params, trees.take(above, parent), trust)
 
-    size = num_rows // self.mesh.size
+    size = num_rows // self.mesh.shape[partition.NODE]
     return self._call(("used", level, size), used, (own.params, own.trust), state[level - 1].params, np.int32(start),
                       donate=False, logs=False)
 
@@ -225,7 +230,7 @@ class Engine:
     return partition.waves(size, self.nodes_at_once, self.mesh)
 
   def _take(self, name: tuple, tree: trees.PyTree, start: int, num_rows: int) -> trees.PyTree:
-    size = num_rows // self.mesh.size
+    size = num_rows // self.mesh.shape[partition.NODE]
     take = functools.partial(partition.take_wave, size=size, mesh=self.mesh)
     return self._call((*name, size), take, tree, np.int32(start), donate=False, logs=False)
 
@@ -278,8 +283,9 @@ class Engine:
     """
     if name not in self._compiled:
       begin = time.perf_counter()
-      nodes = partition.node_sharding(self.mesh)
-      jitted = jax.jit(phase, donate_argnums=0 if donate else (), out_shardings=(nodes, None) if logs else nodes)
+      found = jax.eval_shape(phase, *args)
+      spread = partition.shardings(found[0] if logs else found, self.mesh)
+      jitted = jax.jit(phase, donate_argnums=0 if donate else (), out_shardings=(spread, None) if logs else spread)
       self._compiled[name] = jitted.lower(*args).compile()
       self.compile_seconds += time.perf_counter() - begin
     return self._compiled[name](*args)

@@ -1,11 +1,15 @@
 """Devices: the mesh, and what lies where. The only module that knows of either.
 
-The nodes of a level are stacked on axis 0, which is spread over the mesh axis `node`; a level whose
-size does not divide evenly is filled up with ghosts, nodes that take no part in anything. They sit on
-devices that would have nothing to do otherwise. Without an accelerator there is one CPU device, and
-none of this changes anything.
+A mesh has three axes. The nodes of a level are stacked on axis 0, which is spread over `node`; a level whose size does
+not divide evenly is filled up with ghosts, nodes that take no part in anything and sit on devices that would have
+nothing to do otherwise. Each node's matrices, moments and updates are spread over `fsdp` and `tensor` by `MATRICES`,
+its batches over `fsdp`. Without an accelerator there is one CPU device, and none of this changes anything.
+
+Inside `per_device` a function sees its own share of axis 0; over `fsdp` and `tensor` the compiler splits the work, as
+the shardings of its arguments and `constrain` tell it to.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,18 +17,65 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from worldlm_jax import trees
+from worldlm_jax import checks, trees
+from worldlm_jax.config import MeshConfig
 
-NODE = "node"
+NODE, FSDP, TENSOR = "node", "fsdp", "tensor"
+
+# How the last two axes of a matrix are spread, by its name. Whatever else a node has is small and lies whole on all of
+# the node's devices. The embedding and the head are gathered for use, whatever the size of the vocabulary.
+MATRICES = {
+  "query": (FSDP, TENSOR), "key": (FSDP, TENSOR), "value": (FSDP, TENSOR), "attention_out": (TENSOR, FSDP),
+  "gate": (FSDP, TENSOR), "up": (FSDP, TENSOR), "down": (TENSOR, FSDP),
+  "embedding": (None, (FSDP, TENSOR)), "head": ((FSDP, TENSOR), None),
+}
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with all devices (or those given) on the axis `node`."""
-  return Mesh(np.asarray(devices if devices is not None else jax.devices()), (NODE,))
+def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh of all devices (or those given), as many of them on `node` as the other axes leave."""
+  grid = np.asarray(devices if devices is not None else jax.devices()).reshape(-1, fsdp, tensor)
+  return Mesh(grid, (NODE, FSDP, TENSOR))
+
+
+def choose_mesh(config: MeshConfig, num_nodes: int, bytes_per_node: float, devices: Sequence[jax.Device]) -> Mesh:
+  """The mesh that a config asks for; what it leaves open is chosen.
+
+  Args:
+    config: sizes of the axes; 0 leaves one open.
+    num_nodes: of the widest level. No more devices are put on the node axis.
+    bytes_per_node: what training one node takes. A node is spread over as many devices as it needs to fit.
+    devices: all of them.
+
+  Raises:
+    checks.InputError: the sizes that are given do not make up the number of devices.
+  """
+  given = {NODE: config.node, FSDP: config.fsdp, TENSOR: config.tensor}
+  count, fixed = len(devices), math.prod(size for size in given.values() if size)
+  fits = count % fixed == 0 and (0 in given.values() or count == fixed)
+  checks.require(fits, "config.mesh", " x ".join(f"{name}={size}" for name, size in given.items() if size),
+                 f"sizes whose product {'divides' if 0 in given.values() else 'is'} the number of devices, {count}",
+                 "set one of them to 0 to have it chosen")
+  tensor = given[TENSOR] or 1
+  if given[NODE] and given[FSDP] and not given[TENSOR]:
+    tensor = count // fixed
+  elif given[NODE]:
+    given[FSDP] = count // (given[NODE] * tensor)
+  if not given[FSDP]:
+    memory = memory_of(devices[0])
+    groups = [size for size in range(1, count // tensor + 1) if count // tensor % size == 0]  # of devices per node
+    roomy = [size for size in groups if bytes_per_node <= 0.75 * memory * size * tensor] or groups[-1:]
+    given[FSDP] = next((size for size in roomy if count // tensor // size <= num_nodes), groups[-1])
+  return make_mesh(devices, given[FSDP], tensor)
+
+
+def memory_of(device: jax.Device) -> float:
+  """The bytes of a device's memory; inf where that is not known or, on CPUs, not its own."""
+  stats = None if device.platform == "cpu" else device.memory_stats()
+  return float(stats["bytes_limit"]) if stats else math.inf
 
 
 def padded_size(num_nodes: int, mesh: Mesh) -> int:
-  """`num_nodes` rounded up to a multiple of the devices on the node axis."""
+  """`num_nodes` rounded up to a multiple of the mesh's node axis."""
   size = mesh.shape[NODE]
   return -(-num_nodes // size) * size
 
@@ -32,6 +83,36 @@ def padded_size(num_nodes: int, mesh: Mesh) -> int:
 def node_sharding(mesh: Mesh) -> NamedSharding:
   """Axis 0 spread over the nodes' devices."""
   return NamedSharding(mesh, PartitionSpec(NODE))
+
+
+def shardings(tree: trees.PyTree, mesh: Mesh) -> trees.PyTree:
+  """How a tree of stacked nodes lies on the mesh: a sharding for each (abstract) leaf `[N, ...]`.
+
+  A matrix's axis that `fsdp` or `tensor` does not divide is not spread over it.
+  """
+
+  def spread(path: tuple, leaf: Any) -> NamedSharding:
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    rule = next((MATRICES[name] for name in reversed(names) if name in MATRICES), None)
+    if rule is None or leaf.ndim < 3:
+      return node_sharding(mesh)
+    axes = [axis if size % _size(mesh, axis) == 0 else None for axis, size in zip(rule, leaf.shape[-2:], strict=True)]
+    return NamedSharding(mesh, PartitionSpec(NODE, *[None] * (leaf.ndim - 3), *axes))
+
+  return jax.tree_util.tree_map_with_path(spread, tree)
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+  """Says how `x`, of one node, is spread over the mesh's other axes; nothing where there are none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == mesh.shape.get(NODE):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def _size(mesh: Mesh, axis: Any) -> int:
+  names = (axis,) if isinstance(axis, str) else axis or ()
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def pad_nodes(array: np.ndarray, mesh: Mesh) -> np.ndarray:
@@ -43,7 +124,7 @@ def pad_nodes(array: np.ndarray, mesh: Mesh) -> np.ndarray:
 def own_nodes(num_nodes: int, mesh: Mesh) -> np.ndarray:
   """Which nodes of a level lie on devices of this process: bool `[num_nodes]`; all of them in a single process."""
   share = padded_size(num_nodes, mesh) // mesh.shape[NODE]
-  own = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+  own = [any(d.process_index == jax.process_index() for d in group.flat) for group in mesh.devices]
   return np.repeat(own, share)[:num_nodes]
 
 
@@ -56,7 +137,7 @@ def put(tree: trees.PyTree, mesh: Mesh) -> trees.PyTree:
 def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   """Runs `function` on each device's own share of axis 0, without any communication."""
   spec = PartitionSpec(NODE)
-  return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={NODE}, check_vma=False)
 
 
 def take_wave(tree: trees.PyTree, start: jax.Array, size: int, mesh: Mesh) -> trees.PyTree:

@@ -48,6 +48,8 @@ def validate(config: Config) -> None:
   _validate_federation(config.federation)
   for name, least in (("rounds", 1), ("nodes_at_once", 0)):
     _at_least(f"config.{name}", getattr(config, name), least)
+  for name in ("node", "fsdp", "tensor"):
+    _at_least(f"config.mesh.{name}", getattr(config.mesh, name), 0)
   checks.one_of("config.algorithm", config.algorithm, ALGORITHMS)
   checks.one_of("config.schedule", config.schedule, ("parallel", "sequential"))
   checks.one_of("config.inner_text", config.inner_text, ("beside", "before"))

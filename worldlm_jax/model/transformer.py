@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from worldlm_jax import config as config_lib
+from worldlm_jax import config as config_lib, partition
 from worldlm_jax.config import ModelConfig
+from worldlm_jax.partition import FSDP, TENSOR
 
 Params = dict[str, Any]
 
@@ -113,7 +114,9 @@ def _final_hidden(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> 
   if arch.document_separator is not None:
     document_BxT = jnp.cumsum(tokens_BxT == arch.document_separator, axis=1)
     mask_Bx1xTxT = (document_BxT[:, :, None] == document_BxT[:, None, :])[:, None]
-  x_BxTxD = backbone["embedding"].astype(dtype)[tokens_BxT]
+  embedding_VxD = partition.constrain(backbone["embedding"].astype(dtype), None, None)  # whole, on every device
+  x_BxTxD = embedding_VxD[partition.constrain(tokens_BxT, FSDP, None)]
+  x_BxTxD = partition.constrain(x_BxTxD, FSDP, None, None)
   if arch.num_key_layers < arch.num_layers:
     x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD, mask_Bx1xTxT)
   if arch.num_key_layers:
@@ -135,8 +138,10 @@ def loss_sum(arch: Architecture, params: Params, windows_BxW: jax.Array, rows_B:
     rows_B: bool, which windows count; the others add nothing to the loss or its gradient.
   """
   hidden_NxD = _final_hidden(arch, params, jnp.maximum(windows_BxW[:, :-1], 0)).reshape(-1, arch.d_model)
+  hidden_NxD = partition.constrain(hidden_NxD, (FSDP, TENSOR), None)
   targets_N = jnp.where(rows_B[:, None], windows_BxW[:, 1:], -1).ravel()  # negative: does not count
-  head_DxV = _head(arch, params)
+  targets_N = partition.constrain(targets_N, (FSDP, TENSOR))
+  head_DxV = partition.constrain(_head(arch, params), None, None)
 
   def chunk_loss(hidden_CxD: jax.Array, targets_C: jax.Array) -> jax.Array:
     logits_CxV = jnp.matmul(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
