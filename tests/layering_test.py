@@ -15,7 +15,7 @@ PACKAGE = Path(worldlm_jax.__file__).parent
 LAYERS = (
   ("trees", "checks", "plain"),
   ("config", "rngs", "validation"),
-  ("model", "data", "federation", "partition", "metrics", "progress", "signals", "tree_sources", "watching"),
+  ("model", "data", "federation", "partition", "metrics", "progress", "signals", "tree_sources", "watching", "links"),
   ("local", "exchange", "scoring", "schedule"),
   ("state", "algorithms", "oracle"),
   ("checkpoint", "engine", "fairness", "feed", "matrix", "records", "train", "workdir"),

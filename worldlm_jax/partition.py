@@ -102,12 +102,20 @@ def shardings(tree: trees.PyTree, mesh: Mesh) -> trees.PyTree:
   return jax.tree_util.tree_map_with_path(spread, tree)
 
 
-def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-  """Says how `x`, of one node, is spread over the mesh's other axes; nothing where there are none."""
+def is_spread() -> bool:
+  """Within `per_device`: whether each node is spread over several devices."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == mesh.shape.get(NODE):
-    return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+  return not mesh.empty and mesh.size > mesh.shape.get(NODE, mesh.size)
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+  """Within `per_device`: says how `x`, of one node, is spread over the mesh's other axes, where it is."""
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if is_spread() else x
+
+
+def piece_bytes() -> int:
+  """How much of many long rows is worked on at a time: on CPUs what stays in their caches."""
+  return 2**21 if jax.default_backend() == "cpu" else 2**28
 
 
 def _size(mesh: Mesh, axis: Any) -> int:

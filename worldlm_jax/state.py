@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldlm_jax import local, model, partition, trees
+from worldlm_jax import links, local, model, partition, trees
 from worldlm_jax.config import Config
 from worldlm_jax.exchange import backbone, relevance, residuals
 from worldlm_jax.federation import Federation
@@ -25,7 +25,7 @@ class LevelState(NamedTuple):
   server: trees.PyTree  # the server optimizer's state; only where the level has federations
   update: trees.PyTree  # by part of the model: what has changed since the last down-phase, leaves [N, ...]
   residuals: residuals.Residuals | None  # sent up by the level's federations, [N, R, M, ...]
-  received: residuals.Residuals | None  # routed to the level's nodes, [N, R, M, ...]
+  received: residuals.Residuals | None  # routed to the level's nodes, for their children to have, [N, R, M, ...]
   own_weight: jax.Array  # float32 [N]: what the node's training since its last down-phase weighs in a mean
   weight: jax.Array  # float32 [N]: the same for its whole subtree
   relevance: jax.Array  # float32 [N]: see exchange/relevance.py; UNKNOWN until it has been measured
@@ -47,6 +47,10 @@ class Topology(NamedTuple):
   children_mask: np.ndarray  # bool [N, S]
   member: np.ndarray  # int32 [N]: place in Federation.members; -1 for ghosts
   eligible: dict[int, np.ndarray]  # per level j: bool [N, N_j], whose residual layers a node may get
+  num_real: dict[int, int]  # of each level j in `eligible`, how many of its nodes are no ghosts
+  num_parents: int  # the same of the level above
+  neighbours: links.Neighbours
+  mesh: jax.sharding.Mesh
 
 
 def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh) -> Topology:
@@ -77,9 +81,12 @@ def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh) -> Top
         allowed[n, o] = others and not mine and federation.is_federation(j)[o]
     if allowed.any():
       eligible[j] = allowed
+  siblings, siblings_mask = pad(siblings), pad(siblings_mask).astype(bool)
   return Topology(
-    np.maximum(pad(parent), 0), pad(siblings), pad(siblings_mask).astype(bool), pad(children),
-    pad(children_mask).astype(bool), pad(np.arange(offset, offset + len(members), dtype=np.int32), -1), eligible,
+    np.maximum(pad(parent), 0), siblings, siblings_mask, pad(children), pad(children_mask).astype(bool),
+    pad(np.arange(offset, offset + len(members), dtype=np.int32), -1), eligible,
+    {j: len(federation.levels[j]) for j in eligible}, len(federation.levels[level - 1]) if level else 0,
+    links.neighbours(siblings, siblings_mask, mesh), mesh,
   )
 
 
@@ -106,7 +113,8 @@ def init(
       server=server.init(params["backbone"]) if has_federations else (),
       update={part: trees.zeros_like(params[part]) for part in tracks},
       residuals=residuals.empty(key_layers, sends) if exchanges_residuals and has_federations and level else None,
-      received=residuals.empty(key_layers, receives) if exchanges_residuals and reached[level] else None,
+      received=residuals.empty(key_layers, receives) if exchanges_residuals and has_federations and reached[level]
+      else None,
       own_weight=jnp.float32(0),
       weight=jnp.float32(0),
       relevance=jnp.float32(relevance.UNKNOWN),

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from worldlm_jax import trees
+from worldlm_jax import links, trees
 from worldlm_jax.config import BackboneConfig
 from worldlm_jax.exchange import backbone as backbone_lib, relevance
 from worldlm_jax.exchange.residuals import Residuals
@@ -46,7 +45,16 @@ class BackboneRule(NamedTuple):
   """How backbones go down and up."""
 
   receive: Any  # (own [N, ...], parents' [N, ...], bool [N]: who takes the parent's as it is) -> [N, ...]
-  merge: Any  # (own [P, ...], server state, level of members, parent [C], weights [C], own weights [P]) -> both new
+  merge: Any  # (own [P, ...], server state, level of members, their shares [C, P], mesh) -> both new
+
+
+class Pool(NamedTuple):
+  """Residual layers of one level, and who may get which of them."""
+
+  residuals: Residuals  # leaves [N_j, R, M, ...]
+  eligible: jax.Array  # bool [N, N_j]
+  num_real: int  # how many of the N_j are no ghosts
+  is_news: Any  # bool scalar: not so for what has been handed down before
 
 
 class Descent(NamedTuple):
@@ -55,9 +63,7 @@ class Descent(NamedTuple):
   level: LevelState
   above: LevelState
   backbone: trees.PyTree  # as just received, leaves [N, ...]
-  pool: Residuals | None  # the residual layers on this side of the tree, leaves [P, M, ...]
-  above_in_pool: int  # how many of them, at the end, are what the level above received
-  eligible: jax.Array | None  # bool [N, P]: who may get which
+  pools: list[Pool]  # the residual layers on this side of the tree
   takes: jax.Array  # bool [N]: who takes the parent's key layers as they are
   topology: Topology
   nodes: NodeInputs
@@ -72,10 +78,11 @@ class Ascent(NamedTuple):
   backbone: trees.PyTree  # as just merged, leaves [N, ...]
   weights: jax.Array  # float32 [C], of the level below: what its nodes weigh; 0 where they take no part
   own_weights: jax.Array  # float32 [N]: the same for the federations' own training
-  members_mask: jax.Array  # bool [N, S]: which of Topology.children took part
-  below_member: jax.Array  # int32: the place in Federation.members of the nodes below
+  shares: jax.Array  # float32 [C, P]: what both make of it in the means of the P federations that there are
+  takes_part: jax.Array  # bool [C]
+  members_mask: jax.Array  # bool [N, S]: which of Topology.children did
   topology: Topology
-  below_parent: np.ndarray  # int32 [C]: the federation of each node below
+  topology_below: Topology
   nodes: NodeInputs
   phase: PhaseInputs
 
@@ -121,8 +128,8 @@ def averaged(config: BackboneConfig) -> BackboneRule:
   """The members' weighted mean, applied by the server optimizer; members receive their federation's backbone."""
   server = backbone_lib.server_optimizer(config)
 
-  def merge(own, state, below, parent, weights, own_weights):
-    difference = backbone_lib.mean_difference(own, below.params["backbone"], parent, weights, own_weights)
+  def merge(own, state, below, shares, mesh):
+    difference = backbone_lib.mean_difference(own, below.params["backbone"], shares, mesh)
     return backbone_lib.apply_server_optimizer(server, own, state, difference)
 
   return BackboneRule(lambda own, parents, takes: parents, merge)
@@ -144,11 +151,7 @@ def down(
     phase: the round.
   """
   if "backbone" in algorithm.tracks and above is not None:
-    begun_from = trees.subtract(level.params, level.update)
-    moved = trees.subtract(trees.take(above.params, topology.parent), begun_from)
-    found = relevance.relevance(level.update, moved, nodes.text_share)
-    measured = level.fresh & phase.first_repeat & (level.relevance == relevance.UNKNOWN)
-    level = level._replace(relevance=jnp.where(measured, found, level.relevance))
+    level = level._replace(relevance=_measured_relevance(level, above, topology, nodes, phase))
   begun = level._replace(
     update=trees.zeros_like(level.update),
     own_weight=jnp.zeros_like(level.own_weight), weight=jnp.zeros_like(level.weight),
@@ -156,17 +159,17 @@ def down(
   )
   if above is None:
     return trees.where(nodes.active, begun, level), {}
-  parents = trees.take(above.params["backbone"], topology.parent)
+  parents = links.take_parents(above.params["backbone"], topology.parent, topology.num_parents, topology.mesh)
   backbone = algorithm.backbone.receive(
     level.params["backbone"], parents, _takes(level, nodes, nodes.backbone_independence, phase)
   )
   key_layers, received = level.params["key_layers"], level.received
   log: Log = {}
   if key_layers:
-    pool, above_in_pool, eligible = _pool(level, above, deeper, topology)
+    takes = _takes(level, nodes, nodes.key_layer_independence, phase)
+    pools = _pools(level, above, deeper, topology, phase)
     key_layers, received, log = algorithm.key_layers.receive(
-      Descent(level, above, backbone, pool, above_in_pool, eligible,
-              _takes(level, nodes, nodes.key_layer_independence, phase), topology, nodes, phase)
+      Descent(level, above, backbone, pools, takes, topology, nodes, phase)
     )
   after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
   return trees.where(nodes.active, after, level), log
@@ -193,9 +196,8 @@ def up(
   own_weight = jnp.where(level.trained, level.own_weight, 0.0)
   if algorithm.weights == "uniform":
     weight, own_weight = jnp.float32(weight > 0), jnp.float32(level.trained)
-  merged, server = algorithm.backbone.merge(
-    level.params["backbone"], level.server, below, topology_below.parent, weight, own_weight
-  )
+  shares = backbone_lib.shares(jnp.asarray(topology_below.parent), weight, own_weight, topology_below.num_parents)
+  merged, server = algorithm.backbone.merge(level.params["backbone"], level.server, below, shares, topology.mesh)
   members_mask = jnp.asarray(topology.children_mask) & below_active[topology.children]
   key_layers, update, residuals = level.params["key_layers"], level.update, level.residuals
   if "backbone" in update:
@@ -203,9 +205,8 @@ def up(
     update = update | {"backbone": trees.add(update["backbone"], moved)}
   log: Log = {}
   if key_layers:
-    below_member = jnp.asarray(topology_below.member)
     key_layers, key_update, residuals, log = algorithm.key_layers.merge(
-      Ascent(level, below, merged, weight, own_weight, members_mask, below_member, topology, topology_below.parent,
+      Ascent(level, below, merged, weight, own_weight, shares, below_active, members_mask, topology, topology_below,
              nodes, phase)
     )
     update = update | {"key_layers": key_update} if "key_layers" in update else update
@@ -221,23 +222,31 @@ def _takes(level: LevelState, nodes: NodeInputs, independence: jax.Array, phase:
   return relevance.shares(level.relevance, nodes.epochs, independence, phase.round_index, phase.num_rounds)
 
 
-def _pool(
-  level: LevelState, above: LevelState, deeper: dict[int, Residuals], topology: Topology
-) -> tuple[Residuals | None, int, jax.Array | None]:
-  """`pool`, `above_in_pool` and `eligible` of a `Descent`."""
-  if level.received is None:
-    return None, 0, None
-  parts: list[Residuals] = []
-  allowed: list[jax.Array] = []
-  above_in_pool = 0
+def _measured_relevance(
+  level: LevelState, above: LevelState, topology: Topology, nodes: NodeInputs, phase: PhaseInputs
+) -> jax.Array:
+  """The relevance of all nodes, `[N]`, after those have been measured whose first update is news."""
+  measured = level.fresh & phase.first_repeat & (level.relevance == relevance.UNKNOWN)
+
+  def measure() -> jax.Array:
+    begun_from = trees.subtract(level.params, level.update)
+    parents = links.take_parents(above.params, topology.parent, topology.num_parents, topology.mesh)
+    return relevance.relevance(level.update, trees.subtract(parents, begun_from), nodes.text_share)
+
+  found = jax.lax.cond(jnp.any(measured), measure, lambda: level.relevance)
+  return jnp.where(measured, found, level.relevance)
+
+
+def _pools(
+  level: LevelState, above: LevelState, deeper: dict[int, Residuals], topology: Topology, phase: PhaseInputs
+) -> list[Pool]:
+  """`pools` of a `Descent`: what federations have sent up, and what the level above has received."""
+  found = []
   for j, eligible in topology.eligible.items():
-    pool = level.residuals if level.residuals is not None and j not in deeper else deeper[j]
-    parts.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), pool))
-    allowed.append(jnp.repeat(jnp.asarray(eligible), pool.present.shape[1], axis=1))
+    sent = deeper.get(j, level.residuals)
+    if sent is not None:
+      found.append(Pool(sent, jnp.asarray(eligible), topology.num_real[j], jnp.bool_(True)))
   if above.received is not None:  # what a node received goes on to its children
-    parts.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), above.received))
-    num_above, count = above.received.present.shape[:2]
-    above_in_pool = num_above * count
-    mine = jnp.asarray(topology.parent)[:, None] == jnp.arange(num_above)[None, :]
-    allowed.append(jnp.repeat(mine, count, axis=1))
-  return trees.concatenate(parts), above_in_pool, jnp.concatenate(allowed, axis=1)
+    mine = jnp.asarray(topology.parent)[:, None] == jnp.arange(above.received.present.shape[0])[None, :]
+    found.append(Pool(above.received, mine, topology.num_parents, phase.first_repeat))
+  return found

@@ -57,7 +57,7 @@ def parameter_scores(
   product = _inner(direction, displacement, granularity)
   if similarity == "scaled_dot":
     return product / jnp.sqrt(_unit_sizes(direction, granularity))
-  return _cosine(product, _inner_self(jax.tree.map(lambda leaf: leaf[None], direction), granularity),
+  return cosine(product, _inner_self(jax.tree.map(lambda leaf: leaf[None], direction), granularity),
                  _inner_self(displacement, granularity))
 
 
@@ -128,39 +128,45 @@ def mix(query: PyTree, candidates: PyTree, weights_TxSxM: jax.Array) -> PyTree:
   return jax.tree.unflatten(structure, mixed)
 
 
-def attend_updates(
-  update: PyTree, candidates: PyTree, mask_SxM: jax.Array, granularity: str, *,
-  strength: float, threshold: float, norm_cap: float,
-) -> tuple[PyTree, jax.Array, jax.Array]:
-  """What the updates of others add to a node's own (the second equation above); nothing to one that is zero.
+def update_coefficients(
+  gram_TxMxCxC: jax.Array, mask_SxM: jax.Array, granularity: str, *, strength: float, threshold: float, norm_cap: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What the updates of others add to a node's own (the second equation above), from their inner products alone.
 
   Args:
-    update: the node's own update D_q, leaves `[M, ...]`.
-    candidates: the others' updates, leaves `[S, M, ...]`.
-    mask_SxM: bool, which of them are there.
+    gram_TxMxCxC: float32, of the node's own update D_q, which comes first, and of S = C - 1 candidates.
+    mask_SxM: bool, which candidates are there; what the table holds of the others does not count.
     granularity: the unit of cosines and norms.
     strength, threshold, norm_cap: lambda, the least cosine, and the largest norm in norms of D_q.
 
   Returns:
-    What to add to K_q (which already holds D_q), leaves `[M, ...]`, of norm at most
-    (1 + norm_cap) |D_q| per unit; the weights beta `[T, S, M]`; the cosines `[T, S, M]` of the candidates and D_q.
+    The coefficients `[T, M, C]` of all updates in what is added to K_q (which already holds D_q), a sum of norm at
+    most (1 + norm_cap) |D_q| per unit, and all zero where D_q is; the weights beta `[T, S, M]`; the cosines
+    `[T, S, M]` of the candidates and D_q. T is 1 in the last two unless the granularity is "tensor".
   """
-  candidates = _masked(candidates, mask_SxM)
-  own_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], update), granularity)  # [T or 1, 1, M or 1]
-  cosines = _cosine(_inner(update, candidates, granularity), own_squared, _inner_self(candidates, granularity))
+  there_MxC = jnp.concatenate([jnp.ones_like(mask_SxM[:1]), mask_SxM]).T
+  gram_TxMxCxC = jnp.where(there_MxC[:, :, None] & there_MxC[:, None, :], gram_TxMxCxC, 0.0)
+  squares_TxCxM = jnp.diagonal(gram_TxMxCxC, axis1=2, axis2=3).swapaxes(1, 2)
+  own_squared = _per_unit(squares_TxCxM[:, :1], granularity)  # [T or 1, 1, M or 1]
+  products = _per_unit(gram_TxMxCxC[:, :, 0, 1:].swapaxes(1, 2), granularity)
+  cosines = cosine(products, own_squared, _per_unit(squares_TxCxM[:, 1:], granularity))
   cosines = jnp.broadcast_to(cosines, (own_squared.shape[0], *mask_SxM.shape))
   counts = (own_squared > 0) & mask_SxM[None]
   weights = jnp.where(counts, strength * jax.nn.relu(cosines - threshold), 0.0)
-  step = trees.add(update, mix(trees.zeros_like(update), candidates, weights))
-  step_squared = _inner_self(jax.tree.map(lambda leaf: leaf[None], step), granularity)
+  step_TxMxC = jnp.concatenate([jnp.ones_like(weights[:, :1]), weights], axis=1).swapaxes(1, 2)
+  step_TxMxC = jnp.broadcast_to(step_TxMxC, gram_TxMxCxC.shape[:3])
+  step_squared_TxM = jnp.einsum("tmc,tmcd,tmd->tm", step_TxMxC, gram_TxMxCxC, step_TxMxC, precision="highest")
+  step_squared = _per_unit(step_squared_TxM[:, None], granularity)
   ratio = norm_cap * jnp.sqrt(own_squared / jnp.where(step_squared > 0, step_squared, 1.0))
-  scale = jnp.where((own_squared > 0) & (step_squared > 0), jnp.minimum(1.0, ratio), 1.0)[:, 0]  # [T, M]
-  scale = jnp.broadcast_to(scale, (len(jax.tree.leaves(update)), mask_SxM.shape[1]))
-  leaves, structure = jax.tree.flatten(update)
-  addition = [
-    _expand(s, own.ndim) * moved - own for s, own, moved in zip(scale, leaves, jax.tree.leaves(step), strict=True)
-  ]
-  return jax.tree.unflatten(structure, addition), weights, cosines
+  scale = jnp.where((own_squared > 0) & (step_squared > 0), jnp.minimum(1.0, ratio), 1.0)
+  own_C = jnp.arange(step_TxMxC.shape[2]) == 0
+  return scale.swapaxes(1, 2) * step_TxMxC - own_C[None, None, :], weights, cosines
+
+
+def cosine(product: jax.Array, a_squared: jax.Array, b_squared: jax.Array) -> jax.Array:
+  """The cosine of vectors from their inner products; 0 with a zero vector."""
+  norms = jnp.sqrt(a_squared) * jnp.sqrt(b_squared)
+  return jnp.where(norms > 0, product / jnp.where(norms > 0, norms, 1.0), 0.0)
 
 
 def _expand(x: jax.Array, ndim: int) -> jax.Array:
@@ -199,8 +205,3 @@ def _per_unit(values_TxSxM: jax.Array, granularity: str) -> jax.Array:
 def _unit_sizes(query: PyTree, granularity: str) -> jax.Array:
   sizes = [[[math.prod(leaf.shape[1:])] * leaf.shape[0]] for leaf in jax.tree.leaves(query)]
   return _per_unit(jnp.asarray(sizes, jnp.float32), granularity)
-
-
-def _cosine(product: jax.Array, a_squared: jax.Array, b_squared: jax.Array) -> jax.Array:
-  norms = jnp.sqrt(a_squared) * jnp.sqrt(b_squared)
-  return jnp.where(norms > 0, product / jnp.where(norms > 0, norms, 1.0), 0.0)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from worldlm_jax import trees
+from worldlm_jax import links, trees
 from worldlm_jax.config import BackboneConfig
 
 
@@ -27,42 +27,38 @@ def server_optimizer(config: BackboneConfig) -> optax.GradientTransformation:
   }[config.server_optimizer]()
 
 
+def shares(parent_C: jax.Array, weight_C: jax.Array, own_weight_P: jax.Array, num_federations: int) -> jax.Array:
+  """What each member counts in its federation's mean: float32 `[C, P]`, for the P federations that there are.
+
+  Args:
+    parent_C: int, each member's federation.
+    weight_C: float32 >= 0; members of weight 0 do not count.
+    own_weight_P: float32 >= 0, the weight of the federation's own (zero) difference; ghosts may follow.
+    num_federations: P.
+  """
+  total_P = jax.ops.segment_sum(weight_C, parent_C, len(own_weight_P)) + own_weight_P
+  share_C = jnp.where(weight_C > 0, weight_C / jnp.where(total_P > 0, total_P, 1.0)[parent_C], 0.0)
+  return jnp.where(parent_C[:, None] == jnp.arange(num_federations)[None, :], share_C[:, None], 0.0)
+
+
 def mean_difference(
-  backbone_P: trees.PyTree,
-  members_C: trees.PyTree,
-  parent_C: jax.Array,
-  weight_C: jax.Array,
-  own_weight_P: jax.Array,
+  backbone_P: trees.PyTree, members_C: trees.PyTree, shares_CxP: jax.Array, mesh: jax.sharding.Mesh
 ) -> trees.PyTree:
   """The weighted mean of what members moved away from their federation.
 
   Args:
-    backbone_P: the federations' backbones, leaves `[P, ...]`.
-    members_C: the members' backbones, leaves `[C, ...]`.
-    parent_C: int, each member's federation.
-    weight_C: float32 >= 0; members of weight 0 do not count, whatever they hold.
-    own_weight_P: float32 >= 0, the weight of the federation's own (zero) difference.
+    backbone_P: the federations' backbones, leaves `[P, ...]`, ghosts included.
+    members_C: the members' backbones, leaves `[C, ...]`; members without a share do not count, whatever they hold.
+    shares_CxP: see `shares`.
+    mesh: where both lie.
 
   Returns:
-    Leaves `[P, ...]`; zero where no member counts.
+    Leaves like the federations'; zero where no member counts.
   """
-  difference_C = jax.tree.map(lambda leaf_P, leaf_C: leaf_C - leaf_P[parent_C], backbone_P, members_C)
-  return mean_update(difference_C, parent_C, weight_C, own_weight_P)
-
-
-def mean_update(
-  update_C: trees.PyTree, parent_C: jax.Array, weight_C: jax.Array, own_weight_P: jax.Array
-) -> trees.PyTree:
-  """The weighted mean of the members' updates, leaves `[C, ...]`; the rest is as in `mean_difference`."""
-  num_federations = own_weight_P.shape[0]
-  total_P = jax.ops.segment_sum(weight_C, parent_C, num_federations) + own_weight_P
-  share_C = jnp.where(weight_C > 0, weight_C / jnp.where(total_P > 0, total_P, 1.0)[parent_C], 0.0)
-
-  def mean(leaf_C: jax.Array) -> jax.Array:
-    share = share_C.reshape(-1, *[1] * (leaf_C.ndim - 1))
-    return jax.ops.segment_sum(jnp.where(share > 0, leaf_C * share, 0.0), parent_C, num_federations)
-
-  return jax.tree.map(mean, update_C)
+  num_rows = jax.tree.leaves(backbone_P)[0].shape[0]
+  total_P = jnp.pad(jnp.sum(shares_CxP, axis=0), (0, num_rows - shares_CxP.shape[1]))
+  sums = links.sum_members(members_C, shares_CxP, num_rows, mesh)
+  return jax.tree.map(lambda own, sum_: sum_ - total_P.reshape(-1, *[1] * (own.ndim - 1)) * own, backbone_P, sums)
 
 
 def apply_server_optimizer(

@@ -49,13 +49,10 @@ def select(
     round_index: int32 scalar.
     count: R; places beyond the members that are there stay empty.
   """
-  size = min(count, use_SxM.shape[0])
-  worth_MxS = jnp.where(mask_SxM, -use_SxM, -jnp.inf).T
-  index_RxM = jax.lax.top_k(worth_MxS, size)[1].T
-  present_RxM = jnp.take_along_axis(mask_SxM, index_RxM, axis=0)
-  found = Residuals(_gather(layers, index_RxM), origin_S[index_RxM], jnp.full_like(index_RxM, round_index), present_RxM)
-  padding = empty(trees.take(layers, 0), count - size)
-  return trees.concatenate([found, padding])
+  index_RxM, present_RxM = choose(-use_SxM, mask_SxM, count)
+  return Residuals(
+    _gather(layers, index_RxM), origin_S[index_RxM], jnp.full_like(index_RxM, round_index), present_RxM
+  )
 
 
 def route(pool: Residuals, eligible_P: jax.Array, scores_PxM: jax.Array, count: int) -> Residuals:
@@ -67,16 +64,25 @@ def route(pool: Residuals, eligible_P: jax.Array, scores_PxM: jax.Array, count: 
     scores_PxM: their similarity to the child's own layers.
     count: R of the result; places for which nothing is eligible stay empty.
   """
-  mask_PxM = pool.present & eligible_P[:, None]
-  size = min(count, scores_PxM.shape[0])
-  index_RxM = jax.lax.top_k(jnp.where(mask_PxM, scores_PxM, -jnp.inf).T, size)[1].T
-  found = Residuals(
+  index_RxM, present_RxM = choose(scores_PxM, pool.present & eligible_P[:, None], count)
+  return Residuals(
     _gather(pool.layers, index_RxM),
     jnp.take_along_axis(pool.origin, index_RxM, axis=0),
     jnp.take_along_axis(pool.round, index_RxM, axis=0),
-    jnp.take_along_axis(mask_PxM, index_RxM, axis=0),
+    present_RxM,
   )
-  return trees.concatenate([found, empty(trees.take(pool.layers, 0), count - size)])
+
+
+def choose(scores_SxM: jax.Array, mask_SxM: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """For every layer index the `count` rows with the highest score among those that are there, the best first.
+
+  Returns int32 `[R, M]` rows, R being `count`, and bool `[R, M]`, which places are taken at all.
+  """
+  size = min(count, scores_SxM.shape[0])
+  index_RxM = jax.lax.top_k(jnp.where(mask_SxM, scores_SxM, -jnp.inf).T, size)[1].T
+  present_RxM = jnp.take_along_axis(mask_SxM, index_RxM, axis=0)
+  empty = [(0, count - size), (0, 0)]
+  return jnp.pad(index_RxM, empty), jnp.pad(present_RxM, empty)
 
 
 def _gather(layers: trees.PyTree, index_RxM: jax.Array) -> trees.PyTree:

@@ -1,0 +1,277 @@
+"""Key layers that attend to the updates of others: the rule of `worldlm` (equations in `exchange/attend.py`).
+
+The candidates are the updates of a parent that trained, routed ones, and those of siblings; each is used once. Where
+the paper (arXiv:2405.14446) is silent: a residual layer that a node received is offered to its children with everything
+else in their pool; a federation takes its members' mean update for its own progress, and offers the members' updates
+that agree with it least.
+
+All of it is linear: one pass over the updates for their inner products, in which everything is decided, and one that
+adds them up (`exchange/rows.py`). Axes: N nodes, S candidates, M key layers, T tensors of a block, R residual layers,
+P layers in the pool, C members of federations, X all rows that a device needs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from worldlm_jax import links, model, trees
+from worldlm_jax.algorithms import acceptance
+from worldlm_jax.algorithms.rules import Ascent, Descent, Log
+from worldlm_jax.config import KeyLayerConfig
+from worldlm_jax.exchange import attend, residuals as residuals_lib, rows
+from worldlm_jax.exchange.residuals import Residuals
+
+
+class _Relatives(NamedTuple):
+  """Where a node's candidates are; leaves `[N, ...]`."""
+
+  parent: jax.Array  # int32 [N]: place in the level above
+  parent_counts: jax.Array  # bool [N]: whether the parent's update is news
+  siblings: jax.Array  # int32 [N, S]: places among the rows that `Neighbours.fetch` gives
+  siblings_count: jax.Array  # bool [N, S]
+  eligible: jax.Array  # bool [N, P]: who may get which residual layer
+
+
+class _Offered(NamedTuple):
+  """What is known of the residual layers in the pool."""
+
+  origin: jax.Array  # int32 [P, M]
+  round: jax.Array  # int32 [P, M]
+  counts: jax.Array  # bool [P, M]: there, and not used before
+
+
+class AttendUpdates(NamedTuple):
+  """Attention over updates with residual layers, as a `KeyLayerRule`."""
+
+  config: KeyLayerConfig
+  arch: model.Architecture
+  any_validated: bool
+
+  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, Log]:
+    """The down-phase of a level: see `KeyLayerRule.receive`."""
+    level, above, topology = descent.level, descent.above, descent.topology
+    offered, eligible = _offered(descent)
+    relatives = _Relatives(
+      jnp.asarray(topology.parent), above.trained[topology.parent] & descent.phase.first_repeat,
+      jnp.asarray(topology.neighbours.siblings), jnp.asarray(topology.siblings_mask) & level.fresh[topology.siblings],
+      eligible,
+    )
+
+    def on_device(own, update, above_own, above_update, pools, takes, relatives, offered):
+      from_above = links.broadcast(topology.num_parents, _num_rows(above_update))
+      sources = [rows.Source(update, topology.neighbours.fetch), rows.Source(above_update, from_above)]
+      for pool, layers in zip(descent.pools, pools, strict=True):
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers)
+        num_real = pool.num_real * pool.residuals.present.shape[1]
+        sources.append(rows.Source(flat, links.broadcast(num_real, _num_rows(flat))))
+      gram = rows.gram(sources)
+      counts_X = jnp.all(jnp.isfinite(jnp.diagonal(gram, axis1=2, axis2=3)), axis=(0, 1))
+      first_parent = len(takes) * topology.neighbours.num_blocks
+
+      def choose(n, relatives):
+        return self._choose(gram, counts_X, n, relatives, offered, first_parent, topology.num_parents)
+
+      coefficients_NxTxMxX, routed, log = jax.vmap(choose)(jnp.arange(len(takes)), relatives)
+      instead = rows.Instead(rows.Source(above_own, from_above), relatives.parent, takes)
+      mixed = rows.combine(own, jnp.moveaxis(coefficients_NxTxMxX, 0, 2), sources, counts_X, instead)
+      received = _picked(update, routed, sources, counts_X) if level.received is not None else None
+      return mixed, received, log
+
+    run = links.on_devices(on_device, topology.mesh, num_everywhere=1)
+    own, pools = level.params["key_layers"], [pool.residuals.layers for pool in descent.pools]
+    mixed, layers, log = run(
+      own, level.update["key_layers"], above.params["key_layers"], above.update["key_layers"], pools, descent.takes,
+      relatives, offered,
+    )
+    received = None
+    if level.received is not None:
+      present = log["routed_origin"] >= 0
+      received = Residuals(layers, log["routed_origin"], log["routed_round"], present)
+    from_parent_S = jnp.arange(log["weights"].shape[1]) == 0
+    log["weights"] = jnp.where(descent.takes[:, None, None], jnp.float32(from_parent_S)[None, :, None], log["weights"])
+    mixed, log["accepted"] = self._accepted(descent, own, mixed)
+    return mixed, received, log
+
+  def _choose(self, gram, counts_X, n, relatives: _Relatives, offered: _Offered, first_parent: int, num_parents: int):
+    """What the n-th of the device's nodes adds: coefficients `[T, M, X]`, the rows routed to it, and its log."""
+    num_layers, count = gram.shape[1], self.config.residuals_received if len(offered.origin) else 0
+    index_PxM = jnp.arange(len(offered.origin))[:, None] + first_parent + num_parents
+    log = {}
+    routed_RxM, there_RxM = jnp.zeros((0, num_layers), jnp.int32), jnp.zeros((0, num_layers), bool)
+    if count:
+      counts_PxM = offered.counts & relatives.eligible[:, None] & counts_X[index_PxM]
+      scores_PxM = self._routing_scores(gram, n, index_PxM[:, 0], counts_PxM)
+      place_RxM, there_RxM = residuals_lib.choose(scores_PxM, counts_PxM, count)
+      routed_RxM = place_RxM + first_parent + num_parents
+      log = {name: jnp.where(there_RxM, jnp.take_along_axis(getattr(offered, kind), place_RxM, axis=0), -1)
+             for name, kind in (("routed_origin", "origin"), ("routed_round", "round"))}
+
+    def every_layer(x: jax.Array) -> jax.Array:
+      return jnp.broadcast_to(x[:, None], (len(x), num_layers))
+
+    index_CxM = jnp.concatenate([
+      every_layer(jnp.stack([n, first_parent + relatives.parent])), routed_RxM, every_layer(relatives.siblings)
+    ])
+    mask_SxM = jnp.concatenate([
+      every_layer(relatives.parent_counts[None]), there_RxM, every_layer(relatives.siblings_count)
+    ]) & counts_X[index_CxM[1:]]
+    of_layer = jax.vmap(lambda table_TxXxX, index_C: table_TxXxX[:, index_C][:, :, index_C], (1, 1), 1)
+    c_TxMxC, weights, _ = attend.update_coefficients(
+      of_layer(gram, index_CxM), mask_SxM, self.config.granularity, strength=self.config.update_strength,
+      threshold=self.config.update_threshold, norm_cap=self.config.update_norm_cap,
+    )
+    layer_MxC = jnp.broadcast_to(jnp.arange(num_layers)[:, None], index_CxM.T.shape)
+    c_TxMxX = jnp.zeros(gram.shape[:3]).at[:, layer_MxC, index_CxM.T].add(c_TxMxC)
+    weights_SxM = jnp.broadcast_to(jnp.mean(weights, axis=0), mask_SxM.shape)
+    return c_TxMxX, (routed_RxM, there_RxM), log | {"weights": weights_SxM}
+
+  def _routing_scores(self, gram, n, index_P, counts_PxM):
+    """How similar the pooled updates are to the n-th node's own, or to their mean where it has none: `[P, M]`."""
+    table_MxXxX = jnp.sum(gram, axis=0)
+    moves = jnp.any(table_MxXxX[:, n, n] > 0)
+    number_M = jnp.maximum(jnp.sum(counts_PxM, axis=0), 1)
+    both_MxPxP = counts_PxM.T[:, :, None] & counts_PxM.T[:, None, :]
+    pool_MxPxP = jnp.where(both_MxPxP, table_MxXxX[:, index_P][:, :, index_P], 0.0)
+    mean_MxP = jnp.sum(pool_MxPxP, axis=1) / number_M[:, None]
+    products_MxP = jnp.where(moves, table_MxXxX[:, n, index_P], mean_MxP)
+    if self.config.similarity == "scaled_dot":
+      return products_MxP.T
+    own_squared_M = jnp.where(moves, table_MxXxX[:, n, n], jnp.sum(mean_MxP, axis=1) / number_M)
+    squares_MxP = jnp.diagonal(pool_MxPxP, axis1=1, axis2=2)
+    return attend.cosine(products_MxP, own_squared_M[:, None], squares_MxP).T
+
+  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
+    """The up-phase of a level: see `KeyLayerRule.merge`."""
+    level, below, topology = ascent.level, ascent.below, ascent.topology
+    own, update = level.params["key_layers"], level.update["key_layers"]
+    num_rows, num_layers = _num_rows(own), jax.tree.leaves(own)[0].shape[1]
+    num_federations = ascent.shares.shape[1]
+    coefficients_CxMxPxQ = jnp.broadcast_to(
+      ascent.shares[:, None, :, None], (len(ascent.weights), num_layers, num_federations, 1)
+    )
+    sent = None
+    if level.residuals is not None:
+      sent, member_NxRxM = self._selected(ascent, level.residuals)
+      picks_NxRxMxC = jnp.where(sent.present[..., None], jax.nn.one_hot(member_NxRxM, len(ascent.weights)), 0.0)
+      picks_CxMxPxR = jnp.transpose(picks_NxRxMxC[:num_federations], (3, 2, 0, 1))
+      coefficients_CxMxPxQ = jnp.concatenate([coefficients_CxMxPxQ, picks_CxMxPxR], axis=3)
+    sums_per_node = coefficients_CxMxPxQ.shape[3]
+    sums = links.sum_members(
+      below.update["key_layers"], coefficients_CxMxPxQ.reshape(len(ascent.weights), num_layers, -1),
+      num_rows * sums_per_node, topology.mesh,
+    )
+    sums = jax.tree.map(lambda leaf: leaf.reshape(num_rows, sums_per_node, *leaf.shape[1:]), sums)
+    mean = jax.tree.map(lambda leaf: leaf[:, 0], sums)
+    if sent is not None:
+      sent = sent._replace(layers=jax.tree.map(lambda leaf: leaf[:, 1:], sums))
+    mixed, accepted = self._accepted(ascent, own, trees.add(own, mean))
+    # What it takes over from its members is its own progress from now on.
+    update = trees.where(accepted, trees.add(update, mean), update)
+    share_C = jnp.sum(ascent.shares, axis=1)
+    weights_NxS = jnp.where(ascent.members_mask, share_C[topology.children], 0.0)
+    weights = jnp.broadcast_to(weights_NxS[:, :, None], (*weights_NxS.shape, num_layers))
+    return mixed, update, sent, {"weights": weights, "accepted": accepted}
+
+  def _selected(self, ascent: Ascent, before: Residuals) -> tuple[Residuals, jax.Array]:
+    """What each federation sends up after `before`, but for its layers, and whose they are: int32 `[N, R, M]`, of C."""
+    level, below, topology, topology_below = ascent.level, ascent.below, ascent.topology, ascent.topology_below
+    share_C, counts_C = jnp.sum(ascent.shares, axis=1), ascent.takes_part & below.fresh
+
+    def of_siblings(values_C: jax.Array) -> jax.Array:
+      return jnp.where(topology_below.siblings_mask, values_C[topology_below.siblings], 0)
+
+    def on_device(update, siblings_CxS, share_CxS, counts_CxS):
+      gram = rows.gram([rows.Source(update, topology_below.neighbours.fetch)])
+      own = jnp.arange(len(siblings_CxS))[:, None]
+      return jax.vmap(_use, (None, 0, 0, 0))(
+        jnp.sum(gram, axis=0), jnp.concatenate([own, siblings_CxS], axis=1), share_CxS, counts_CxS
+      )
+
+    use_CxM = links.on_devices(on_device, topology.mesh)(
+      below.update["key_layers"], jnp.asarray(topology_below.neighbours.siblings),
+      jnp.concatenate([share_C[:, None], of_siblings(share_C)], axis=1),
+      jnp.concatenate([counts_C[:, None], of_siblings(counts_C)], axis=1),
+    )
+    count, num_layers = before.present.shape[1:]
+    mask_NxS = ascent.members_mask & below.fresh[topology.children]
+    # A federation with a single layer to take has nothing that it could not use.
+    offered_NxS = mask_NxS & (jnp.sum(mask_NxS, axis=1) + level.trained > 1)[:, None]
+    offered_NxSxM = jnp.broadcast_to(offered_NxS[:, :, None], (*offered_NxS.shape, num_layers))
+    place_NxRxM, present = jax.vmap(residuals_lib.choose, (0, 0, None))(
+      -use_CxM[topology.children], offered_NxSxM, count
+    )
+    member_NxRxM = jax.vmap(lambda children_S, place_RxM: children_S[place_RxM])(
+      jnp.asarray(topology.children), place_NxRxM
+    )
+    origin = jnp.asarray(topology_below.member)[member_NxRxM]
+    made = jnp.full_like(origin, ascent.phase.round_index)
+    return before._replace(origin=origin, round=made, present=present), member_NxRxM
+
+  def _accepted(
+    self, phase: Descent | Ascent, own: trees.PyTree, mixed: trees.PyTree
+  ) -> tuple[trees.PyTree, jax.Array]:
+    """Keeps the own layers of nodes that ask for validation, where the mixed ones are worse."""
+    if not self.any_validated:
+      return mixed, jnp.ones(phase.nodes.active.shape, bool)
+
+    def one(node, backbone, own, mixed):
+      return acceptance.accept(self.arch, node, backbone, own, mixed)
+
+    kept, accepted = jax.vmap(one)(phase.nodes, phase.backbone, own, mixed)
+    if isinstance(phase, Descent):  # whoever shares its parent's takes them as they are
+      return trees.where(phase.takes, mixed, kept), accepted | phase.takes
+    return kept, accepted
+
+
+def _use(table_MxXxX: jax.Array, index_C: jax.Array, share_C: jax.Array, counts_C: jax.Array) -> jax.Array:
+  """How far the mean of a federation's members agrees with the first of them: cosines `[M]`.
+
+  `index_C` says where the members are in the table of inner products, `share_C` what they count in the mean. Where
+  that is zero everywhere, the plain mean of those that count takes its place.
+  """
+  there_C = (share_C > 0) | counts_C | (jnp.arange(len(index_C)) == 0)
+  table = jnp.where(there_C[:, None] & there_C[None, :], table_MxXxX[:, index_C][:, :, index_C], 0.0)
+
+  def products(c_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    with_each_MxC = jnp.sum(table * c_C[None, None, :], axis=2)
+    return with_each_MxC[:, 0], jnp.sum(with_each_MxC * c_C[None, :], axis=1)
+
+  shared = products(share_C)
+  plain = products(counts_C / jnp.maximum(jnp.sum(counts_C), 1))
+  with_first_M, squared_M = trees.where(jnp.any(shared[1] > 0), shared, plain)
+  return attend.cosine(with_first_M, squared_M, table[:, 0, 0])
+
+
+def _offered(descent: Descent) -> tuple[_Offered, jax.Array]:
+  """What the pools of a level hold, one after the other and without ghosts, and who may get which: bool `[N, P]`.
+
+  What was used before is not offered: each update is used once, and not when it is old.
+  """
+  num_layers = jax.tree.leaves(descent.level.params["key_layers"])[0].shape[1]
+  nothing = jnp.zeros((0, num_layers), jnp.int32)
+  found, eligible = [_Offered(nothing, nothing, nothing.astype(bool))], [jnp.zeros((len(descent.takes), 0), bool)]
+  for pool in descent.pools:
+    own = jax.tree.map(lambda leaf, pool=pool: leaf[: pool.num_real].reshape(-1, num_layers), pool.residuals[1:])
+    origin, made, present = own
+    found.append(_Offered(origin, made, present & pool.is_news & (made >= descent.phase.round_index - 1)))
+    eligible.append(jnp.repeat(pool.eligible[:, : pool.num_real], pool.residuals.present.shape[1], axis=1))
+  return trees.concatenate(found), jnp.concatenate(eligible, axis=1)
+
+
+def _picked(
+  update: trees.PyTree, routed: tuple[jax.Array, jax.Array], sources: list[rows.Source], counts_X: jax.Array
+) -> trees.PyTree:
+  """The layers at rows int32 `[N, R, M]` of the sources, zero where there is none: leaves `[N, R, M, ...]`."""
+  index_NxRxM, there_NxRxM = routed
+  num_nodes, count, num_layers = index_NxRxM.shape
+  picks_NxRxMxX = jnp.where(there_NxRxM[..., None], jax.nn.one_hot(index_NxRxM, len(counts_X)), 0.0)
+  picks_MxQxX = jnp.moveaxis(picks_NxRxMxX, 2, 0).reshape(num_layers, num_nodes * count, -1)
+  empty = jax.tree.map(lambda leaf: jnp.zeros((num_nodes * count, *leaf.shape[1:]), leaf.dtype), update)
+  coefficients = jnp.broadcast_to(picks_MxQxX, (len(jax.tree.leaves(update)), *picks_MxQxX.shape))
+  layers = rows.combine(empty, coefficients, sources, counts_X)
+  return jax.tree.map(lambda leaf: leaf.reshape(num_nodes, count, *leaf.shape[1:]), layers)
+
+
+def _num_rows(tree: trees.PyTree) -> int:
+  return jax.tree.leaves(tree)[0].shape[0]

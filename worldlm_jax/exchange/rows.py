@@ -1,0 +1,113 @@
+"""Linear algebra on stacked rows of parameters that never copies them whole.
+
+What attention over updates needs of its many large vectors are their inner products, and what it makes of them are
+linear combinations. Both are sums over parameters, so they run over a few megabytes of all rows at a time: one pass
+that reads everything for the products (`gram`), another that reads everything and writes the result (`combine`).
+
+Rows of different origin (a level's own, its parents', the pool's) are `Source`s, joined along the row axis X. Axes of
+the tables: T tensors of a block, M layers. To be called within `links.on_devices`; what a source fetches may travel.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from worldlm_jax import links, partition, trees
+
+
+class Source(NamedTuple):
+  """Rows of key layers (or their updates), and where they come from."""
+
+  layers: trees.PyTree  # the device's own, leaves [rows, M, ...]
+  fetch: links.Fetch  # what all its nodes need
+
+
+class Instead(NamedTuple):
+  """Rows of another source that some nodes take in the place of their own."""
+
+  source: Source
+  place: jax.Array  # int32 [N]: which of its rows
+  takes: jax.Array  # bool [N]: who does
+
+
+def gram(sources: Sequence[Source]) -> jax.Array:
+  """The inner products of all rows: float32 `[T, M, X, X]`."""
+  stacks = list(zip(*(jax.tree.leaves(source.layers) for source in sources), strict=True))
+
+  def one(stack: tuple[jax.Array, ...]) -> jax.Array:
+    count = _num_pieces(stack)
+
+    def layer(m: jax.Array) -> jax.Array:
+      def add(i: Any, total: jax.Array) -> jax.Array:
+        piece = _piece(stack, sources, m, i, count)
+        return total + jnp.matmul(piece, piece.T, precision=jax.lax.Precision.HIGHEST)
+
+      size = jax.eval_shape(lambda: _piece(stack, sources, 0, 0, count)).shape[0]
+      return jax.lax.fori_loop(0, count, add, jnp.zeros((size, size), jnp.float32))
+
+    return jax.lax.map(layer, jnp.arange(stack[0].shape[1]))
+
+  return jnp.stack([one(stack) for stack in stacks])
+
+
+def combine(
+  base: trees.PyTree, coefficients_TxMxNxX: jax.Array, sources: Sequence[Source], counts_X: jax.Array,
+  instead: Instead | None = None,
+) -> trees.PyTree:
+  """`base_n + sum_x c_nx row_x` in every tensor and layer: leaves `[N, M, ...]`, in the place of `base`.
+
+  Rows that do not count (bool `[X]`) add nothing, whatever they hold. Nodes that take something instead get just that.
+  """
+  leaves, structure = jax.tree.flatten(base)
+  others = leaves if instead is None else jax.tree.leaves(instead.source.layers)
+  stacks = list(zip(*(jax.tree.leaves(source.layers) for source in sources), strict=True))
+
+  def one(out: jax.Array, stack: tuple[jax.Array, ...], c_MxNxX: jax.Array, other: jax.Array) -> jax.Array:
+    count = _num_pieces((out, *stack))
+
+    def write(j: jax.Array, out: jax.Array) -> jax.Array:
+      m, i = j // count, j % count
+      piece = jnp.where(counts_X[:, None], _piece(stack, sources, m, i, count), 0.0)
+      added = jnp.matmul(c_MxNxX[m], piece, precision=jax.lax.Precision.HIGHEST)
+      mixed = _cut(out, m, i, count)
+      mixed += added.reshape(mixed.shape)
+      if instead is not None:
+        taken = instead.source.fetch(_cut(other, m, i, count))[instead.place]
+        mixed = trees.where(instead.takes, taken, mixed)
+      return _put(out, mixed, m, i)
+
+    return jax.lax.fori_loop(0, out.shape[1] * count, write, out)
+
+  found = [one(*parts) for parts in zip(leaves, stacks, coefficients_TxMxNxX, others, strict=True)]
+  return jax.tree.unflatten(structure, found)
+
+
+def _piece(stack: tuple[jax.Array, ...], sources: Sequence[Source], m: Any, i: Any, count: int) -> jax.Array:
+  """The i-th piece of layer m of all rows: float32 `[X, C]`."""
+  pieces = [source.fetch(_cut(leaf, m, i, count)) for leaf, source in zip(stack, sources, strict=True)]
+  flat = [piece.reshape(piece.shape[0], -1).astype(jnp.float32) for piece in pieces]
+  return jnp.concatenate(flat) if len(flat) > 1 else flat[0]
+
+
+def _cut(leaf: jax.Array, m: Any, i: Any, count: int) -> jax.Array:
+  """The i-th of `count` pieces of layer m: `[rows, D / count, ...]`."""
+  size = leaf.shape[2] // count
+  start = (0, m, i * size) + (0,) * (leaf.ndim - 3)
+  return jax.lax.dynamic_slice(leaf, start, (leaf.shape[0], 1, size, *leaf.shape[3:]))[:, 0]
+
+
+def _put(leaf: jax.Array, piece: jax.Array, m: Any, i: Any) -> jax.Array:
+  """The inverse of `_cut`."""
+  return jax.lax.dynamic_update_slice(leaf, piece[:, None], (0, m, i * piece.shape[1]) + (0,) * (leaf.ndim - 3))
+
+
+def _num_pieces(stack: tuple[jax.Array, ...]) -> int:
+  """Into how many pieces a layer of all these rows is cut; a layer that is spread over devices is not cut."""
+  if partition.is_spread():
+    return 1
+  length = stack[0].shape[2]
+  row_bytes = sum(leaf.shape[0] for leaf in stack) * stack[0].dtype.itemsize * stack[0][0, 0, 0].size
+  most = max(1, partition.piece_bytes() // row_bytes)  # of the length
+  return length // max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
