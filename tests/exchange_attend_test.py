@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from worldlm_jax.exchange import attend
+from worldlm_jax.exchange import attend, rows
 
 S, M, T = 5, 3, 2
 SHAPES = {"matrix": (M, 5, 2), "vector": (M, 7)}
@@ -84,8 +84,19 @@ def attend_layers(query, candidates, mask_SxM, prior_S, temperature, *, similari
 @functools.partial(jax.jit, static_argnames="granularity")
 def attend_updates(update, candidates, mask_SxM=ALL_THERE, *, granularity="layer", strength=1.0, threshold=0.1,
                    norm_cap=1.0):
-  return attend.attend_updates(update, candidates, mask_SxM, granularity,
-                               strength=strength, threshold=threshold, norm_cap=norm_cap)
+  """What is added, beta and the cosines; absent candidates show in no more than the table of inner products."""
+  everybody = each(lambda own, theirs: jnp.concatenate([own[None], theirs]), update, candidates)
+  gram = rows.gram([rows.Source(everybody, lambda own: own)])
+  coefficients, weights, cosines = attend.update_coefficients(
+    gram, jnp.asarray(mask_SxM), granularity, strength=strength, threshold=threshold, norm_cap=norm_cap
+  )
+  there = jnp.concatenate([jnp.ones_like(mask_SxM[:1]), mask_SxM])
+  addition = {}
+  for name, c_MxC in zip(sorted(SHAPES), coefficients, strict=True):
+    leaf = everybody[name]
+    clean = jnp.where(there.reshape(*there.shape, *[1] * (leaf.ndim - 2)), leaf, 0.0)
+    addition[name] = jnp.einsum("mc,cm...->m...", c_MxC, clean, precision="highest")
+  return addition, weights, cosines
 
 
 # Similarities.

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from worldlm_jax import local, model
+from worldlm_jax import local, model, partition
 from worldlm_jax.config import BackboneConfig, ModelConfig, OptimizerConfig
 from worldlm_jax.exchange import backbone
 
@@ -20,7 +20,13 @@ PARENT = np.array([0, 1, 0, 1, 0])
 WEIGHTS = np.array([3, 5, 0, 7, 11], np.float32)
 SHAPES = {"embedding": (5, 2), "blocks": {"kernel": (2, 3, 7), "norm": ()}}
 
-mean_difference = jax.jit(backbone.mean_difference)
+MESH = partition.make_mesh(jax.devices()[:1])
+
+
+@jax.jit
+def mean_difference(federations, members, parent, weights, own_weights):
+  shares = backbone.shares(parent, weights, own_weights, len(own_weights))
+  return backbone.mean_difference(federations, members, shares, MESH)
 
 
 def draw(seed, count):
