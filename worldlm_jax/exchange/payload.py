@@ -14,13 +14,13 @@ left, and send for each block
 with ties to even; two values of four bits share a byte, and an odd last axis wastes half a byte per row. As blocks lie
 within the last axis, a leaf that is spread over others, or in whole blocks over the last, is rounded where it lies.
 
-Why bfloat16: next to float32 it adds 1 % to the error of int8 and nothing to that of int4, for half the bytes, and a
-product of q and scale needs 15 bits, so that it is exact in float32. Whoever decodes a payload, on whatever machine,
-has bit by bit what its sender took for arrived. Rounding a scale down lets |x| / scale exceed the levels by 1 / 256 of
-them at most, which still rounds to the levels, so nothing is ever clipped.
+Why bfloat16: it takes half the bytes of float32, changes a step by 1 / 256 at most, and makes q times scale, which has
+15 bits, exact in float32. Whoever decodes a payload, on whatever machine, has bit by bit what its sender took for
+arrived. A scale that was rounded down lets |x| / scale exceed the levels by 1 / 256 of them at most, which still rounds
+to the levels, so nothing is ever clipped.
 
 Guarantees, for leaves in float32:
-  |arrived - x| <= scale / 2 (bfloat16: |x| / 256); zeros, and blocks of zeros, arrive as zeros.
+  |arrived - x| <= scale / 2, to the rounding of x / scale (bfloat16: |x| / 256). Zeros arrive as zeros.
   A block whose scale would be subnormal (|x| below 1.5e-36; in int4, 8.2e-38) arrives as zero and stays in the error.
   A block with a value that is not finite arrives as NaN, all of it (in bfloat16 that value alone, as it is), and leaves
   no error behind. Finite values must be below 2^127, about 1.7e38.
@@ -150,8 +150,8 @@ def _quantise(x: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:
   """`[..., X]` -> q, int8 `[..., K, C]`, and scales, float32 `[..., K, 1]`."""
   x_KxC = _blocks(x)
   scale_Kx1 = _to_bfloat16(jnp.max(jnp.abs(x_KxC), axis=-1, keepdims=True) / levels)
-  scale_Kx1 = jnp.where(scale_Kx1 < _SMALLEST_SCALE, 0.0, jnp.where(jnp.isfinite(scale_Kx1), scale_Kx1, jnp.nan))
-  counts = scale_Kx1 > 0  # neither zero nor NaN
+  scale_Kx1 = jnp.where(scale_Kx1 < _SMALLEST_SCALE, 0.0, scale_Kx1)
+  counts = (scale_Kx1 > 0) & jnp.isfinite(scale_Kx1)  # elsewhere q is 0, and 0 times inf or NaN is NaN
   ratio_KxC = jnp.where(counts, x_KxC, 0.0) / jnp.where(counts, scale_Kx1, 1.0)
   return jnp.round(ratio_KxC).astype(jnp.int8), scale_Kx1
 
