@@ -47,7 +47,7 @@ def test_combine_adds_weighted_rows_but_those_that_do_not_count():
   poisoned = {name: np.where(np.arange(5).reshape(-1, *[1] * (leaf.ndim - 1)) == 2, np.nan, leaf)
               for name, leaf in first.items()}
   found = jax.jit(lambda b, c, f, s: rows.combine(b, c, [rows.Source(f, whole), rows.Source(s, whole)], counts))(
-    b, coefficients, poisoned, second
+    base, coefficients, poisoned, second
   )
   for t, name in enumerate(sorted(SHAPES)):
     joined = np.concatenate([first[name], second[name]])
@@ -62,7 +62,8 @@ def test_what_is_taken_instead_is_taken_as_it_is():
   coefficients = np.full((2, M, 4, 5), 7, np.float32)
   place, takes = np.array([1, 0, 1, 0], np.int32), np.array([True, False, False, True])
   run = jax.jit(lambda b, s, o: rows.combine(
-    b, coefficients, [rows.Source(s, whole)], jnp.ones(5, bool), rows.Instead(rows.Source(o, whole), place, takes)
+    b, jnp.asarray(coefficients), [rows.Source(s, whole)], jnp.ones(5, bool),
+    rows.Instead(rows.Source(o, whole), jnp.asarray(place), jnp.asarray(takes)),
   ))
   found = run(base, source, other)
   for name in SHAPES:
