@@ -77,6 +77,9 @@ class Harness:
   config: config_lib.Config
   num_devices: int = 1
   former: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> the path whose text the node has
+  fsdp: int = 1
+  tensor: int = 1
+  on_host: bool = False  # nodes wait on the last device
 
   def __post_init__(self) -> None:
     self.config = algorithms.adapted(self.config)
@@ -84,14 +87,14 @@ class Harness:
     self.arch = model.architecture(self.config.model, VOCAB, num_key_layers=algorithms.num_key_layers(self.config))
     self.text_tokens = {m.path: text_tokens_of(self.former.get(m.path, m.path)) for m in self.federation.members
                         if m.data}
-    mesh = partition.make_mesh(jax.devices()[: self.num_devices])
+    mesh = partition.make_mesh(jax.devices()[: self.num_devices], self.fsdp, self.tensor)
     self.validation = {
       m.path: windows_of("validation of " + self.former.get(m.path, m.path), 0)
       for m in self.federation.members if m.data
     }
     self.engine = engine_lib.Engine(
       self.config, self.federation, self.arch, mesh, algorithms.make(self.config, self.arch, self.federation),
-      self.text_tokens, self._validation_arrays(),
+      self.text_tokens, self._validation_arrays(), partition.make_mesh(jax.devices()[-1:]) if self.on_host else None,
     )
     self.state = self.engine.init()
     self.logs: list[tuple[str, int, Any]] = []
@@ -160,10 +163,11 @@ class Harness:
 
 
 def run(
-  config: config_lib.Config, rounds: int = 2, num_devices: int = 1, absent: Sequence[Collection[str]] = ()
+  config: config_lib.Config, rounds: int = 2, num_devices: int = 1, absent: Sequence[Collection[str]] = (),
+  **mesh: int,
 ) -> Harness:
   """A harness after some rounds; `absent[r]` are the nodes missing in round r."""
-  harness = Harness(config, num_devices)
+  harness = Harness(config, num_devices, **mesh)
   index = 0
   for stage in schedule.stages(harness.federation, config.schedule):
     for _ in range(rounds):

@@ -297,6 +297,7 @@ class Config:
   inner_text: str = "beside"  # a federation's own text: one member more, "beside" its members, or "before" they train
   nodes_at_once: int = 0  # nodes of a level that train side by side on a device; 0: chosen for you
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  waiting: str = "auto"  # device | host | auto: where the state of nodes lies that wait for others to train
   federation: FederationConfig = dataclasses.field(default_factory=FederationConfig)
   node: NodeSettings = dataclasses.field(default_factory=NodeSettings)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldlm_jax import local, model, partition, rngs, schedule, scoring, state as state_lib, trees
+from worldlm_jax import links, local, model, partition, rngs, schedule, scoring, state as state_lib, trees
 from worldlm_jax.algorithms import rules
 from worldlm_jax.config import Config
 from worldlm_jax.data.evaluation import Evaluation
@@ -40,27 +40,32 @@ class Engine:
     config: a validated config.
     federation: the resolved tree, as the algorithm arranges it.
     arch: the model.
-    mesh: the devices.
+    mesh: the devices that train.
     algorithm: what is exchanged; see `algorithms.make`.
     text_tokens: how much text each node with data has to train on, by path.
     validation: per level, int32 `[n, E, W]` validation batches and int32 `[n]` counts, for algorithms
       that look at them (`needs_validation`).
+    home: where the nodes' state lies while they wait, and where they meet; `mesh` itself if None.
   """
 
   def __init__(
     self, config: Config, federation: Federation, arch: model.Architecture, mesh: jax.sharding.Mesh,
     algorithm: rules.Algorithm, text_tokens: Mapping[str, int],
-    validation: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+    validation: Sequence[tuple[np.ndarray, np.ndarray]] | None = None, home: jax.sharding.Mesh | None = None,
   ):
     self.config, self.federation, self.arch, self.mesh = config, federation, arch, mesh
+    self.home, self._lanes = home or mesh, mesh.shape[partition.NODE]
     self.algorithm = algorithm
-    self.topologies = [state_lib.topology(federation, level, mesh) for level in range(len(federation.levels))]
+    self.topologies = [
+      state_lib.topology(federation, level, mesh, self.home) for level in range(len(federation.levels))
+    ]
     self.validation = validation
     self._text_tokens = text_tokens
     self._epochs = schedule.epochs(config, federation, text_tokens)
     self._num_rounds = config.rounds * len(schedule.stages(federation, config.schedule))
     self.nodes_at_once = config.nodes_at_once or partition.choose_nodes_at_once(
-      max(len(level) for level in federation.levels), model.abstract_params(arch), self.abstract_state(), mesh
+      max(len(level) for level in federation.levels), model.abstract_params(arch), self.abstract_state(), mesh,
+      self.home,
     )
     logits_per_window = config.data.sequence_length * arch.vocab_size
     self._score_batch = int(np.clip(SCORE_LOGITS // logits_per_window, 1, SCORE_BATCH))
@@ -71,7 +76,7 @@ class Engine:
   def init(self) -> state_lib.State:
     """The state before the first round; every node starts from the same parameters."""
     key = rngs.key(self.config.seed, "init")
-    return jax.jit(self._init, out_shardings=partition.shardings(jax.eval_shape(self._init, key), self.mesh))(key)
+    return jax.jit(self._init, out_shardings=partition.shardings(jax.eval_shape(self._init, key), self.home))(key)
 
   def initial_params(self) -> model.Params:
     """The parameters from which every node starts, those of one model."""
@@ -82,7 +87,7 @@ class Engine:
     shapes = jax.eval_shape(self._init, rngs.key(self.config.seed, "init"))
     return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      shapes, partition.shardings(shapes, self.mesh),
+      shapes, partition.shardings(shapes, self.home),
     )
 
   def _init(self, key: jax.Array) -> state_lib.State:
@@ -102,7 +107,7 @@ class Engine:
 
     new, log = self._call(
       ("down", level), phase, state[level], above, deeper, self._inputs(level, step.active, "down"),
-      self._phase(step, round_index),
+      self._phase(step, round_index), mesh=self.home,
     )
     return _with_level(state, level, new), log
 
@@ -120,74 +125,106 @@ class Engine:
     new, log = self._call(
       ("up", level), phase, state[level], state[level + 1], self._pad(level + 1, members_active),
       self._inputs(level, step.active, "up"),
-      self._phase(step, round_index),
+      self._phase(step, round_index), mesh=self.home,
     )
     return _with_level(state, level, new), log
 
   def train(self, state: state_lib.State, level: int, work: local.Workload) -> tuple[state_lib.State, list[WaveLog]]:
     """Local training of a level, wave by wave; `work` has leaves `[n, ...]`.
 
-    All levels share one compiled program as long as their waves and workloads have the same shape.
+    All levels share one compiled program as long as their waves and workloads have the same shape. Where nodes wait on
+    the host, the next wave comes and the last one leaves while a wave trains.
     """
     whole = state[level]
     slim = whole._replace(server=(), residuals=None, received=None)  # what training does not touch stays behind
     work = jax.tree.map(functools.partial(self._pad_host, level), work)
-    logs = []
-    for start, rows, new in self._waves(level):
+    waves, logs = list(self._waves(level)), []
+    ahead = self.home is not self.mesh
+    fetched, trained = None, None
+    for place, (start, rows, new) in enumerate(waves):
+      wave = fetched or self._fetch(("take state", level), slim, start, len(rows))
+      fetched = None
+      if ahead and place + 1 < len(waves) and waves[place + 1][2].all():  # otherwise it holds rows of this one
+        fetched = self._fetch(("take state", level), slim, waves[place + 1][0], len(rows))
       wave_work = jax.tree.map(lambda leaf, rows=rows: leaf[rows], work)
       wave_work = wave_work._replace(steps=np.where(new, wave_work.steps, 0))
-      wave = self._take(("take state", level), slim, start, len(rows))
       name = ("train", *wave_work.windows.shape)
-      wave, found = self._call(name, self._train_phase, wave, self._put(wave_work))
-      slim = self._call(("put", level, len(rows)), functools.partial(partition.put_wave, mesh=self.mesh), slim, wave,
-                        np.int32(start), logs=False)
+      wave, found = self._call(name, self._train_phase, wave, self._put(wave_work, self.mesh))
+      wave = self._settled(state, level, wave, start, rows, wave_work.steps > 0)
       logs.append(WaveLog(rows[new], *(array[new] for array in found)))
+      if trained:
+        slim = self._store(level, slim, *trained)
+      trained = wave, start
+      if not fetched:
+        slim, trained = self._store(level, slim, *trained), None
     own = slim._replace(server=whole.server, residuals=whole.residuals, received=whole.received)
-    if self.algorithm.trusts and level and self.validation is not None:
-      own = own._replace(trust=self._settled(level, own, state[level - 1], work.steps > 0))
     return _with_level(state, level, own), logs
 
+  def _fetch(self, name: tuple, tree: trees.PyTree, start: int, num_rows: int) -> trees.PyTree:
+    """A wave of a tree that lies at home, on the mesh that trains."""
+    size = num_rows // self._lanes
+    take = functools.partial(partition.take_wave, size=size, lanes=self._lanes, mesh=self.home)
+    return self._moved(self._call((*name, size), take, tree, np.int32(start), mesh=self.home, donate=False, logs=False))
+
+  def _store(
+    self, level: int, tree: state_lib.LevelState, wave: state_lib.LevelState, start: int
+  ) -> state_lib.LevelState:
+    """The inverse of `_fetch`: a level with the rows of a wave replaced."""
+    wave = wave if self.home is self.mesh else partition.move(wave, self.home)
+    put = functools.partial(partition.put_wave, lanes=self._lanes, mesh=self.home)
+    return self._call(("put", level, len(wave.weight)), put, tree, wave, np.int32(start), mesh=self.home, logs=False)
+
+  def _moved(self, wave: trees.PyTree) -> trees.PyTree:
+    return wave if self.home is self.mesh else partition.move(wave, self.mesh)
+
   def _settled(
-    self, level: int, own: state_lib.LevelState, above: state_lib.LevelState, trained: np.ndarray
-  ) -> jax.Array:
-    """How far the nodes that `trained` (bool `[N]`) trust their training, float32 `[N]`; the others as before."""
+    self, state: state_lib.State, level: int, wave: state_lib.LevelState, start: int, rows: np.ndarray,
+    trained: np.ndarray,
+  ) -> state_lib.LevelState:
+    """A wave with new trust for those who `trained` (bool `[w]`) and have a validation text to go by."""
+    if not (self.algorithm.trusts and level and self.validation is not None):
+      return wave
+    windows, counts = (self._pad_host(level, array)[rows] for array in self.validation[level])
     validated = np.array([m.settings.trust == "validated" for m in self.federation.levels[level]])
-    settles = self._put(trained & self._pad_host(level, validated))
-    nodes, trust = self._nodes[level]["up"], own.trust
-    for start, rows, _ in self._waves(level):
-      phase = functools.partial(self._settle_phase, level, len(rows) // self.mesh.shape[partition.NODE])
-      trust = self._call(("settle", level, len(rows)), phase, trust, own.params, above.params, nodes.windows,
-                         nodes.num_windows, settles, np.int32(start), logs=False)
-    return trust
+    settles = trained & self._pad_host(level, validated)[rows] & (counts > 0)
 
-  def _settle_phase(self, level: int, size: int, trust, params, above, windows, num_windows, settles, start):
-    trust_w, own_w, parent_w, windows_w, count_w, settles_w = partition.take_wave(
-      (trust, params, self._parent(level), windows, num_windows, settles), start, size, self.mesh
-    )
+    def parents_of_wave(above: model.Params, start: jax.Array) -> model.Params:
+      return self._parents_of_wave(level, above, start, len(rows) // self._lanes)
 
-    def one(own: model.Params, parents: model.Params, windows_ExW: jax.Array, count: jax.Array) -> jax.Array:
-      return trust_lib.validated(lambda params: scoring.mean_loss(self.arch, params, windows_ExW, count), own, parents)
+    parents = self._moved(self._call(("parents", level, len(rows)), parents_of_wave, state[level - 1].params,
+                                     np.int32(start), mesh=self.home, donate=False, logs=False))
 
-    best = partition.per_device(jax.vmap(one), self.mesh)(own_w, trees.take(above, parent_w), windows_w, count_w)
-    best = jnp.where(settles_w & (count_w > 0), best, trust_w)  # nothing to go by without a validation text
-    return partition.put_wave(trust, best, start, self.mesh)
+    def settle(trust, own, parents, windows, counts, settles):
+      def one(own: model.Params, parents: model.Params, windows_ExW: jax.Array, count: jax.Array) -> jax.Array:
+        loss = functools.partial(scoring.mean_loss, self.arch, windows_ExW=windows_ExW, count=count)
+        return trust_lib.validated(loss, own, parents)
+
+      best = partition.per_device(jax.vmap(one), self.mesh)(own, parents, windows, counts)
+      return jnp.where(settles, best, trust)
+
+    inputs = self._put((windows, counts, settles), self.mesh)
+    trust = self._call(("settle", len(rows)), settle, wave.trust, wave.params, parents, *inputs, logs=False)
+    return wave._replace(trust=trust)
+
+  def _parents_of_wave(self, level: int, above: model.Params, start: jax.Array, size: int) -> model.Params:
+    """Within a phase at home: the parents' models for one wave of a level."""
+    topology = self.topologies[level]
+    parent = partition.take_wave(jnp.asarray(topology.parent), start, size, self._lanes, self.home)
+    return links.take_parents(above, parent, topology.num_parents, self.home)
 
   def _used(self, state: state_lib.State, level: int, start: int, num_rows: int) -> model.Params:
     """The models in use of one wave of a level."""
-    own = state[level]
+    own, size = state[level], num_rows // self._lanes
     if not (self.algorithm.trusts and level):
-      return self._take(("take params", level), own.params, start, num_rows)
+      return self._fetch(("take params", level), own.params, start, num_rows)
 
     def used(own: trees.PyTree, above: model.Params, start: jax.Array) -> model.Params:
-      params, trust, parent = partition.take_wave((*own, self._parent(level)), start, size, self.mesh)
-      return trust_lib.used(params, trees.take(above, parent), trust)
+      params, trust = partition.take_wave(own, start, size, self._lanes, self.home)
+      return trust_lib.used(params, self._parents_of_wave(level, above, start, size), trust)
 
-    size = num_rows // self.mesh.shape[partition.NODE]
-    return self._call(("used", level, size), used, (own.params, own.trust), state[level - 1].params, np.int32(start),
-                      donate=False, logs=False)
-
-  def _parent(self, level: int) -> jax.Array:
-    return jnp.asarray(self.topologies[level].parent)
+    found = self._call(("used", level, size), used, (own.params, own.trust), state[level - 1].params, np.int32(start),
+                       mesh=self.home, donate=False, logs=False)
+    return self._moved(found)
 
   def _train_phase(
     self, own: state_lib.LevelState, work: local.Workload
@@ -221,18 +258,13 @@ class Engine:
       for begin in range(0, int(wanted.max()), self._score_batch):
         here = np.clip(wanted - begin, 0, self._score_batch).astype(np.int32)
         batch = evaluation.take(rows, begin, here, self._score_batch)
-        arguments = params, self._put(batch), self._put(here)
+        arguments = params, *self._put((batch, here), self.mesh)
         found.append((rows, self._call(("score", len(rows)), score, *arguments, donate=False, logs=False)))
     return found
 
   def _waves(self, level: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     size = partition.padded_size(len(self.federation.levels[level]), self.mesh)
     return partition.waves(size, self.nodes_at_once, self.mesh)
-
-  def _take(self, name: tuple, tree: trees.PyTree, start: int, num_rows: int) -> trees.PyTree:
-    size = num_rows // self.mesh.shape[partition.NODE]
-    take = functools.partial(partition.take_wave, size=size, mesh=self.mesh)
-    return self._call((*name, size), take, tree, np.int32(start), donate=False, logs=False)
 
   def is_compiled(self, step: schedule.Step) -> bool:
     """Whether this step's program has been compiled before."""
@@ -267,24 +299,28 @@ class Engine:
     }
 
   def _pad(self, level: int, array: np.ndarray) -> jax.Array:
-    return self._put(self._pad_host(level, array))
+    return self._put(self._pad_host(level, array), self.home)
 
   def _pad_host(self, level: int, array: np.ndarray) -> np.ndarray:
     assert len(array) == len(self.federation.levels[level])
     return partition.pad_nodes(array, self.mesh)
 
-  def _put(self, tree: trees.PyTree) -> trees.PyTree:
-    return partition.put(tree, self.mesh)
+  def _put(self, tree: trees.PyTree, mesh: jax.sharding.Mesh) -> trees.PyTree:
+    return partition.put(tree, mesh)
 
-  def _call(self, name: tuple, phase: Callable, *args: Any, donate: bool = True, logs: bool = True) -> Any:
+  def _call(
+    self, name: tuple, phase: Callable, *args: Any, mesh: jax.sharding.Mesh | None = None, donate: bool = True,
+    logs: bool = True,
+  ) -> Any:
     """Calls the compiled phase; unless told otherwise, its first argument is given up to its first result.
 
-    `logs` says that the result is a pair, of which only the first is spread over the node axis.
+    `mesh` is where it runs, that of training if None. `logs` says that the result is a pair, of which only the first
+    is spread over the node axis.
     """
     if name not in self._compiled:
       begin = time.perf_counter()
       found = jax.eval_shape(phase, *args)
-      spread = partition.shardings(found[0] if logs else found, self.mesh)
+      spread = partition.shardings(found[0] if logs else found, mesh or self.mesh)
       jitted = jax.jit(phase, donate_argnums=0 if donate else (), out_shardings=(spread, None) if logs else spread)
       self._compiled[name] = jitted.lower(*args).compile()
       self.compile_seconds += time.perf_counter() - begin

@@ -84,10 +84,10 @@ def on_devices(
   return call
 
 
-def take_parents(tree_P: trees.PyTree, parent_C: np.ndarray, num_real: int, mesh: Mesh) -> trees.PyTree:
+def take_parents(tree_P: trees.PyTree, parent_C: np.ndarray | jax.Array, num_real: int, mesh: Mesh) -> trees.PyTree:
   """The parent's row for each of the nodes below: leaves `[P, ...]` -> `[C, ...]`."""
   if mesh.shape[NODE] == 1:
-    return trees.take(tree_P, parent_C)
+    return trees.take(tree_P, jnp.asarray(parent_C))
   num_rows = jax.tree.leaves(tree_P)[0].shape[0]
   fetch = broadcast(num_real, num_rows // mesh.shape[NODE])
 

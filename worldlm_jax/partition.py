@@ -148,22 +148,35 @@ def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={NODE}, check_vma=False)
 
 
-def take_wave(tree: trees.PyTree, start: jax.Array, size: int, mesh: Mesh) -> trees.PyTree:
-  """Of every device's own share of axis 0, the `size` rows from `start` on: leaves `[devices * size, ...]`."""
+def take_wave(tree: trees.PyTree, start: jax.Array, size: int, lanes: int, mesh: Mesh) -> trees.PyTree:
+  """A wave: of each of the `lanes` equal shares of axis 0, the `size` rows from `start` on.
+
+  Leaves `[lanes * size, ...]`. There are as many lanes as the mesh that trains has places for nodes; `mesh`, on which
+  the tree lies, has as many or, where it is the host's, fewer.
+  """
 
   def take(tree: trees.PyTree) -> trees.PyTree:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), tree)
+    return jax.tree.map(lambda leaf: _joined(jax.lax.dynamic_slice_in_dim(_lanes(leaf), start, size, 1)), tree)
+
+  def _lanes(leaf: jax.Array) -> jax.Array:
+    return leaf.reshape(lanes // mesh.shape[NODE], -1, *leaf.shape[1:])
 
   return per_device(take, mesh)(tree)
 
 
-def put_wave(tree: trees.PyTree, wave: trees.PyTree, start: jax.Array, mesh: Mesh) -> trees.PyTree:
+def put_wave(tree: trees.PyTree, wave: trees.PyTree, start: jax.Array, lanes: int, mesh: Mesh) -> trees.PyTree:
   """The inverse of `take_wave`: `tree` with those rows replaced by `wave`."""
+  own = lanes // mesh.shape[NODE]
 
-  def put(tree: trees.PyTree, wave: trees.PyTree) -> trees.PyTree:
-    return jax.tree.map(lambda leaf, rows: jax.lax.dynamic_update_slice_in_dim(leaf, rows, start, 0), tree, wave)
+  def put(leaf: jax.Array, rows: jax.Array) -> jax.Array:
+    leaf, rows = (x.reshape(own, -1, *x.shape[1:]) for x in (leaf, rows))
+    return _joined(jax.lax.dynamic_update_slice_in_dim(leaf, rows, start, 1))
 
-  return per_device(put, mesh)(tree, wave)
+  return per_device(lambda tree, wave: jax.tree.map(put, tree, wave), mesh)(tree, wave)
+
+
+def _joined(leaf: jax.Array) -> jax.Array:
+  return leaf.reshape(-1, *leaf.shape[2:])
 
 
 def waves(num_rows: int, size: int, mesh: Mesh) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -181,17 +194,66 @@ def waves(num_rows: int, size: int, mesh: Mesh) -> Iterator[tuple[int, np.ndarra
     yield start, rows, np.tile(within >= begin, mesh.shape[NODE])
 
 
-def choose_nodes_at_once(num_nodes: int, params: trees.PyTree, state: trees.PyTree, mesh: Mesh) -> int:
+def host_mesh(mesh: Mesh) -> Mesh:
+  """The mesh on which the nodes of `mesh` wait in the host's memory: a CPU device of each process.
+
+  Raises:
+    checks.InputError: a node is spread over several processes.
+  """
+  processes = [sorted({device.process_index for device in group.flat}) for group in mesh.devices]
+  order = list(dict.fromkeys(process for group in processes for process in group))
+  even = len(mesh.devices) % len(order) == 0 and max(len(group) for group in processes) == 1
+  checks.require(even, "config.waiting", "host", "a mesh on which each process has as many nodes as the others",
+                 "choose another config.mesh, or config.waiting=device")
+  first = {device.process_index: device for device in reversed(jax.devices("cpu"))}
+  return make_mesh([first[process] for process in order])
+
+
+def choose_home(waiting: str, state_bytes: float, mesh: Mesh) -> Mesh:
+  """Where the nodes' state lies while they wait: `mesh` itself, or the host if it says so or the state is too large.
+
+  Up to half of the devices' memory is for waiting nodes; the rest is for those that train.
+  """
+  room = 0.5 * memory_of(mesh.devices.flat[0]) * mesh.size
+  return host_mesh(mesh) if waiting == "host" or (waiting == "auto" and state_bytes > room) else mesh
+
+
+def move(tree: trees.PyTree, mesh: Mesh) -> trees.PyTree:
+  """The same stacked nodes on another mesh; copies run while the devices go on computing."""
+
+  def through_host(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    shards = leaf.addressable_shards
+    first = min(shard.index[0].start or 0 for shard in shards)
+    last = max(leaf.shape[0] if shard.index[0].stop is None else shard.index[0].stop for shard in shards)
+    rows = np.empty((last - first, *leaf.shape[1:]), leaf.dtype)
+
+    def within(index: Any) -> tuple:
+      start, stop, _ = index[0].indices(leaf.shape[0])
+      return (slice(start - first, stop - first), *index[1:])
+
+    for shard in shards:
+      rows[within(shard.index)] = np.asarray(shard.data)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: rows[within(index)])
+
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings(tree, mesh))
+  return jax.tree.map(through_host, tree, shardings(tree, mesh))
+
+
+def choose_nodes_at_once(num_nodes: int, params: trees.PyTree, state: trees.PyTree, mesh: Mesh, home: Mesh) -> int:
   """How many of a device's nodes train side by side when the config leaves it open.
 
   On CPUs one, since a single node already fills the cores. Elsewhere as many as fit into three
-  quarters of what the device has free beside its share of the state, at 7 times the parameters' bytes
-  each: parameters and moments, gradients, their update, and as much again for activations.
+  quarters of what the device has free beside its share of the waiting state, at 7 times the parameters' bytes
+  each: parameters and moments, gradients, their update, and as much again for activations; 8 more where the waves
+  before and after it are on their way from and to the host.
   """
   device = mesh.devices.flat[0]
   share = padded_size(num_nodes, mesh) // mesh.shape[NODE]
   stats = None if device.platform == "cpu" else device.memory_stats()
   if not stats:
     return 1
-  free = stats["bytes_limit"] - stats["bytes_in_use"] - trees.num_bytes(state) / mesh.shape[NODE]
-  return int(np.clip(0.75 * free / (7 * trees.num_bytes(params)), 1, share))
+  waits_here = home is mesh
+  free = stats["bytes_limit"] - stats["bytes_in_use"] - waits_here * trees.num_bytes(state) / mesh.size
+  per_device = mesh.size // mesh.shape[NODE]
+  return int(np.clip(0.75 * free / ((7 if waits_here else 15) * trees.num_bytes(params) / per_device), 1, share))

@@ -50,11 +50,11 @@ class Topology(NamedTuple):
   num_real: dict[int, int]  # of each level j in `eligible`, how many of its nodes are no ghosts
   num_parents: int  # the same of the level above
   neighbours: links.Neighbours
-  mesh: jax.sharding.Mesh
+  mesh: jax.sharding.Mesh  # where nodes meet
 
 
-def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh) -> Topology:
-  """The relations of one level."""
+def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh, home: jax.sharding.Mesh) -> Topology:
+  """The relations of one level, whose nodes train on `mesh` and meet on `home`."""
   members = federation.levels[level]
   size = partition.padded_size(len(members), mesh)
 
@@ -86,7 +86,7 @@ def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh) -> Top
     np.maximum(pad(parent), 0), siblings, siblings_mask, pad(children), pad(children_mask).astype(bool),
     pad(np.arange(offset, offset + len(members), dtype=np.int32), -1), eligible,
     {j: len(federation.levels[j]) for j in eligible}, len(federation.levels[level - 1]) if level else 0,
-    links.neighbours(siblings, siblings_mask, mesh), mesh,
+    links.neighbours(siblings, siblings_mask, home), home,
   )
 
 

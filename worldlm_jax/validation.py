@@ -52,6 +52,7 @@ def validate(config: Config) -> None:
     _at_least(f"config.mesh.{name}", getattr(config.mesh, name), 0)
   checks.one_of("config.algorithm", config.algorithm, ALGORITHMS)
   checks.one_of("config.schedule", config.schedule, ("parallel", "sequential"))
+  checks.one_of("config.waiting", config.waiting, ("device", "host", "auto"))
   checks.one_of("config.inner_text", config.inner_text, ("beside", "before"))
   _validate_model(config.model)
   data, optimizer = config.data, config.optimizer

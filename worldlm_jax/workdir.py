@@ -120,7 +120,7 @@ def _comparable(description: dict[str, Any]) -> dict[str, Any]:
   watches.
   """
   nodes = description["nodes"].items()
-  other = ("federation", "node", "checkpoint", "logging", "nodes_at_once", "mesh")
+  other = ("federation", "node", "checkpoint", "logging", "nodes_at_once", "mesh", "waiting")
   config = {k: v for k, v in description["config"].items() if k not in other}
   config["data"] = {k: v for k, v in config["data"].items() if k not in ("cache", "tokenizer")}
   return {"config": config} | {
