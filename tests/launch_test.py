@@ -361,6 +361,21 @@ def test_the_archive_has_the_code_and_what_is_not_committed_but_no_texts_and_no_
   assert files == {"./configs/mine.py", "./.git/HEAD", "./worldlm_jax/data/files.py"}
 
 
+def test_a_machine_unpacks_what_it_was_sent_and_installs_it(desk: Desk) -> None:
+  """The commands for the machine are run here, in a folder that stands for its home."""
+  home = desk.folder / "home"
+  home.mkdir()
+  desk.stand_in("installed")
+  (desk.repository / "launch/worker.sh").write_text('installed "$PWD" "$0" "$@"\n')
+  for name, action in (("ssh", f"cd {home} && bash -c \"${{@: -1}}\""), ("scp", f"cp \"${{@: -2:1}}\" {home}")):
+    (desk.programs / name).write_text(f"#!/usr/bin/env bash\n{action}\n")
+    (desk.programs / name).chmod(0o755)
+  done = desk.run("gpu.sh", "install", "--hosts=a", "--dir=a copy", "--cuda=cuda13")
+  assert done.returncode == 0, done.stderr
+  assert desk.calls() == [["installed", str(home), "a copy/launch/worker.sh", "install", "cuda13"]]
+  assert (home / "a copy/launch/gpu.sh").read_bytes() == (LAUNCH / "gpu.sh").read_bytes()
+
+
 # What a worker runs in these tests: waits for a file, then ends with the code in it; SIGTERM makes it end with 75.
 COMMAND = """
 import pathlib, signal, sys, time
