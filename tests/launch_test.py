@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -391,11 +391,12 @@ sys.exit(int(end.read_text()))
 
 
 @pytest.fixture
-def worker(desk: Desk) -> Desk:
+def worker(desk: Desk) -> Iterator[Desk]:
   """A machine on which the repository is installed."""
   (desk.repository / ".venv/bin").mkdir(parents=True)
   (desk.repository / ".venv/bin/python").symlink_to(sys.executable)
-  return desk
+  yield desk
+  (desk.folder / "end").write_text("0")  # ends what a failed test has left running
 
 
 def _follow(worker: Desk, *command: str) -> subprocess.Popen[str]:
@@ -428,6 +429,21 @@ def test_a_worker_goes_on_when_its_connection_is_lost_and_the_same_command_follo
   assert second.returncode == 3
   assert (worker.folder / "starts").read_text() == "x"
   assert "ended with exit code 3" in worker.run("worker.sh", "status").stdout
+
+
+def test_a_connection_that_hangs_does_not_keep_what_has_ended_from_beginning_again(worker: Desk) -> None:
+  hanging = _follow(worker, *_training(worker))
+  _first_line(hanging)
+  os.killpg(hanging.pid, signal.SIGSTOP)
+  try:
+    (worker.folder / "end").write_text("0")
+    while not list((worker.repository / ".venv/worker").glob("*/exit_code")):
+      time.sleep(0.02)
+    assert worker.run("worker.sh", "run", *_training(worker)).returncode == 0
+    assert (worker.folder / "starts").read_text() == "xx"
+  finally:
+    os.killpg(hanging.pid, signal.SIGKILL)
+    hanging.communicate()
 
 
 def test_a_worker_that_is_told_to_stop_saves_and_says_so_and_can_begin_again(worker: Desk) -> None:
