@@ -14,5 +14,5 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
   .venv/bin/python -m worldlm_jax.main --distributed "$@" || code=$?
 
 # scancel ends this script too, so that a job that somebody cancels is not put back.
-if [[ $code != 0 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [[ $code == 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

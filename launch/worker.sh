@@ -53,6 +53,7 @@ run() {
   if flock -n 9; then
     if [[ -e $place/log ]]; then mv "$place/log" "$place/log.before"; fi
     rm -f "$place/exit_code"
+    : >"$place/log"  # there is something to follow before the command has begun
     printf '%s\n' "$wanted" >"$place/command"
     # shellcheck disable=SC2016
     # With a trap, a signal to the whole group leaves the shell there to note the command's exit code.

@@ -7,11 +7,9 @@ the real ones, in a copy of the repository's `launch` folder.
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -374,108 +372,6 @@ def test_a_machine_unpacks_what_it_was_sent_and_installs_it(desk: Desk) -> None:
   assert done.returncode == 0, done.stderr
   assert desk.calls() == [["installed", str(home), "a copy/launch/worker.sh", "install", "cuda13"]]
   assert (home / "a copy/launch/gpu.sh").read_bytes() == (LAUNCH / "gpu.sh").read_bytes()
-
-
-# What a worker runs in these tests: waits for a file, then ends with the code in it; SIGTERM makes it end with 75.
-COMMAND = """
-import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-print("begun", sys.argv[2], flush=True)
-end = pathlib.Path(sys.argv[1])
-with open(end.with_name("starts"), "a") as starts:
-  starts.write("x")
-while not end.exists():
-  time.sleep(0.02)
-sys.exit(int(end.read_text()))
-"""
-
-
-@pytest.fixture
-def worker(desk: Desk) -> Iterator[Desk]:
-  """A machine on which the repository is installed."""
-  (desk.repository / ".venv/bin").mkdir(parents=True)
-  (desk.repository / ".venv/bin/python").symlink_to(sys.executable)
-  yield desk
-  (desk.folder / "end").write_text("0")  # ends what a failed test has left running
-
-
-def _follow(worker: Desk, *command: str) -> subprocess.Popen[str]:
-  arguments = ["bash", str(worker.repository / "launch/worker.sh"), "run", *command]
-  pipe = subprocess.PIPE
-  return subprocess.Popen(
-    arguments, env=worker.environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
-  )
-
-
-def _training(worker: Desk, name: str = "it's  two") -> list[str]:
-  return [sys.executable, "-c", COMMAND, str(worker.folder / "end"), name]
-
-
-def _first_line(follower: subprocess.Popen[str]) -> str:
-  assert follower.stdout
-  return follower.stdout.readline()
-
-
-def test_a_worker_goes_on_when_its_connection_is_lost_and_the_same_command_follows_it_again(worker: Desk) -> None:
-  first = _follow(worker, *_training(worker))
-  assert _first_line(first) == "begun it's  two\n"
-  os.killpg(first.pid, signal.SIGKILL)  # all that hangs on the connection
-  first.communicate()
-  second = _follow(worker, *_training(worker))
-  assert _first_line(second) == "begun it's  two\n"  # from the log
-  assert "running: begun" in worker.run("worker.sh", "status").stdout
-  (worker.folder / "end").write_text("3")
-  second.communicate(timeout=60)
-  assert second.returncode == 3
-  assert (worker.folder / "starts").read_text() == "x"
-  assert "ended with exit code 3" in worker.run("worker.sh", "status").stdout
-
-
-def test_a_connection_that_hangs_does_not_keep_what_has_ended_from_beginning_again(worker: Desk) -> None:
-  hanging = _follow(worker, *_training(worker))
-  _first_line(hanging)
-  os.killpg(hanging.pid, signal.SIGSTOP)
-  try:
-    (worker.folder / "end").write_text("0")
-    while not list((worker.repository / ".venv/worker").glob("*/exit_code")):
-      time.sleep(0.02)
-    assert worker.run("worker.sh", "run", *_training(worker)).returncode == 0
-    assert (worker.folder / "starts").read_text() == "xx"
-  finally:
-    os.killpg(hanging.pid, signal.SIGKILL)
-    hanging.communicate()
-
-
-def test_a_worker_that_is_told_to_stop_saves_and_says_so_and_can_begin_again(worker: Desk) -> None:
-  follower = _follow(worker, *_training(worker))
-  _first_line(follower)
-  assert worker.run("worker.sh", "stop").returncode == 0
-  follower.communicate(timeout=60)
-  assert follower.returncode == 75
-  (worker.folder / "end").write_text("0")
-  assert worker.run("worker.sh", "run", *_training(worker)).returncode == 0
-  assert (worker.folder / "starts").read_text() == "xx"
-
-
-def test_a_worker_does_not_train_two_things_at_once(worker: Desk) -> None:
-  follower = _follow(worker, *_training(worker))
-  _first_line(follower)
-  other = worker.run("worker.sh", "run", *_training(worker, "another"))
-  (worker.folder / "end").write_text("0")
-  follower.communicate(timeout=60)
-  assert other.returncode == 2 and "something else is running" in other.stderr
-  assert (worker.folder / "starts").read_text() == "x"
-
-
-def test_a_killed_command_has_the_exit_code_of_one(worker: Desk) -> None:
-  follower = _follow(worker, *_training(worker))
-  _first_line(follower)
-  pid, = (worker.repository / ".venv/worker").glob("*/pid")
-  os.killpg(int(pid.read_text()), signal.SIGKILL)
-  follower.communicate(timeout=60)
-  assert follower.returncode == 137
-  time.sleep(0.1)
-  assert "idle" in worker.run("worker.sh", "status").stdout
 
 
 def test_a_worker_that_is_not_installed_says_so(desk: Desk) -> None:
