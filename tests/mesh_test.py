@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-from worldlm_jax import config as config_lib, trees
+from worldlm_jax import config as config_lib, engine, trees
 
 MATRICES = ("kernel", "embedding")
 
@@ -141,3 +141,41 @@ def test_a_round_moves_what_the_algorithm_needs_and_nothing_else(on_eight):
   for name, program in programs.items():
     if name[0] in ("train", "take state", "put", "settle"):
       assert not travelled(program), f"{name}: {travelled(program)}"
+
+
+@pytest.mark.slow
+def test_what_trains_takes_the_same_memory_however_many_nodes_wait_on_the_host(rounds, monkeypatch):
+  """Of 8 and of 64 nodes, 4 are on the device that trains at a time; the result is that of all 64 at once."""
+  device, real = jax.devices()[0], engine.Engine._call
+
+  def on_device():
+    return sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards
+               if shard.device == device)
+
+  def config_with(num_nodes, at_once):
+    leaves = [rounds.node(f"n{i}") for i in range(num_nodes)]
+    config = rounds.tiny_config(rounds.node("world", *leaves, data=False), update_threshold=-0.2)
+    config.node.trust, config.nodes_at_once = "validated", at_once
+    return config
+
+  peaks, found = [], None
+  for num_nodes in (8, 64):
+    before, seen = on_device(), []
+
+    def call(self, *args, seen=seen, before=before, **options):
+      result = real(self, *args, **options)
+      seen.append(on_device() - before)
+      return result
+
+    monkeypatch.setattr(engine.Engine, "_call", call)
+    harness = rounds.run(config_with(num_nodes, 4), rounds=1, on_host=True)
+    found = harness.params()
+    peaks.append(max(seen))
+    monkeypatch.setattr(engine.Engine, "_call", real)
+    del harness
+  state_of_one = 4 * 4 * sum(leaf.size for leaf in jax.tree.leaves(found["n0"]))  # parameters, moments, update
+  assert 4 * state_of_one < peaks[0], "four nodes train at a time"
+  assert peaks[1] < 1.1 * peaks[0] < 1.1 * 10 * state_of_one, (peaks, state_of_one)
+  expected = rounds.run(config_with(64, 64), rounds=1).params()
+  for path in ("n0", "n31", "n63", "."):
+    rounds.assert_trees_close(found[path], expected[path], 1e-5, f"node {path}: ")

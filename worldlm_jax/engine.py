@@ -133,7 +133,7 @@ class Engine:
     """Local training of a level, wave by wave; `work` has leaves `[n, ...]`.
 
     All levels share one compiled program as long as their waves and workloads have the same shape. Where nodes wait on
-    the host, the next wave comes and the last one leaves while a wave trains.
+    the host, the last wave leaves and then the next one comes while a wave trains: two are on the device at a time.
     """
     whole = state[level]
     slim = whole._replace(server=(), residuals=None, received=None)  # what training does not touch stays behind
@@ -143,9 +143,6 @@ class Engine:
     fetched, trained = None, None
     for place, (start, rows, new) in enumerate(waves):
       wave = fetched or self._fetch(("take state", level), slim, start, len(rows))
-      fetched = None
-      if ahead and place + 1 < len(waves) and waves[place + 1][2].all():  # otherwise it holds rows of this one
-        fetched = self._fetch(("take state", level), slim, waves[place + 1][0], len(rows))
       wave_work = jax.tree.map(lambda leaf, rows=rows: leaf[rows], work)
       wave_work = wave_work._replace(steps=np.where(new, wave_work.steps, 0))
       name = ("train", *wave_work.windows.shape)
@@ -154,8 +151,11 @@ class Engine:
       logs.append(WaveLog(rows[new], *(array[new] for array in found)))
       if trained:
         slim = self._store(level, slim, *trained)
-      trained = wave, start
-      if not fetched:
+      fetched, trained = None, (wave, start)
+      del wave
+      if ahead and place + 1 < len(waves) and waves[place + 1][2].all():  # otherwise it holds rows of this one
+        fetched = self._fetch(("take state", level), slim, waves[place + 1][0], len(rows))
+      else:
         slim, trained = self._store(level, slim, *trained), None
     own = slim._replace(server=whole.server, residuals=whole.residuals, received=whole.received)
     return _with_level(state, level, own), logs

@@ -245,8 +245,8 @@ def choose_nodes_at_once(num_nodes: int, params: trees.PyTree, state: trees.PyTr
 
   On CPUs one, since a single node already fills the cores. Elsewhere as many as fit into three
   quarters of what the device has free beside its share of the waiting state, at 7 times the parameters' bytes
-  each: parameters and moments, gradients, their update, and as much again for activations; 8 more where the waves
-  before and after it are on their way from and to the host.
+  each: parameters and moments, gradients, their update, and as much again for activations; 4 more where another wave
+  is on its way to or from the host meanwhile.
   """
   device = mesh.devices.flat[0]
   share = padded_size(num_nodes, mesh) // mesh.shape[NODE]
@@ -256,4 +256,4 @@ def choose_nodes_at_once(num_nodes: int, params: trees.PyTree, state: trees.PyTr
   waits_here = home is mesh
   free = stats["bytes_limit"] - stats["bytes_in_use"] - waits_here * trees.num_bytes(state) / mesh.size
   per_device = mesh.size // mesh.shape[NODE]
-  return int(np.clip(0.75 * free / ((7 if waits_here else 15) * trees.num_bytes(params) / per_device), 1, share))
+  return int(np.clip(0.75 * free / ((7 if waits_here else 11) * trees.num_bytes(params) / per_device), 1, share))
