@@ -1,129 +1,123 @@
 """What a federation's rounds cost over a bare training loop of the same model on the same machine.
 
-  python benchmarks/rounds.py [--models=tiny] [--nodes=1,4,16] [--algorithms=worldlm,fedavg] [--rounds=8] [--out=FILE]
+  python -m benchmarks.rounds [--models=tiny] [--nodes=1,4,16] [--algorithms=worldlm,fedavg] [--settings=lean,default]
+                              [--blocks=5] [--rounds_per_block=2] [--out=FILE]
 
-The federation is the real program, `worldlm_jax.train.run`: its data pipeline, exchange, evaluation (one window per
-node) and logs. After each of its rounds a bare Optax loop, one jitted scan, makes as many steps of the same size on one
-node, so that both see the same machine. The ratio is the bare loop's time per token over the federation's, the median
-over rounds without the first (which compiles) and the last (which saves): 1 means that federating costs nothing.
-Prints Markdown; --out also writes JSON.
+The federation is the whole program, `worldlm_jax.train.run`: its data pipeline, exchange, evaluation and logs. The
+bare loop (`setups.BareLoop`) trains one node alone: the same model, clipping and AdamW in one jitted scan with donated
+state, on the windows of the first node's first round, which are on the device already. It runs before and after each
+block of rounds, when everything that the federation has begun is finished. The ratio is the tokens per second of the
+one over those of the other, per device: 1 means that federating costs nothing. The first round, which compiles, and
+the last, which saves, do not count.
+
+Settings: `lean` scores one window per node and split, trusts training fully and saves at the end, so that the ratio
+is what the machinery costs; `default` is what a run does unless told otherwise (32 windows as received and as
+personalised, trust by 8 validation windows, a checkpoint and TensorBoard events every round).
+
+For a short run of a large model on CPUs: --models=75m --nodes=1 --local_steps=2 --batch_size=1 --blocks=2.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from worldlm_jax import config as c, model, progress, train
+from benchmarks import measuring, setups
+from worldlm_jax import config as c, federation as federation_lib, model, progress, train
+from worldlm_jax.data import batches as batches_lib, tokenizer as tokenizer_lib
 
-SIZES: dict[str, Callable[[], c.ModelConfig]] = {
-  "tiny": model.PRESETS["tiny"],
-  "10m": lambda: c.ModelConfig(num_layers=6, d_model=256, num_heads=8, num_kv_heads=8, d_ff=704, vocab_size=8192),
-  "75m": model.PRESETS["75m"],
-}
-
-
-class BareLoop:
-  """AdamW with clipping on one node: all steps of a round in one jitted scan, on batches that are on the device."""
-
-  def __init__(self, config: c.Config, vocab_size: int):
-    arch = model.architecture(config.model, vocab_size)
-    settings = config.node
-    tx = optax.chain(optax.clip_by_global_norm(settings.clip_norm),
-                     optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay))
-    self.params = jax.jit(model.init, static_argnums=0)(arch, jax.random.key(0))
-    self.state = jax.jit(tx.init)(self.params)
-    shape = settings.batch_size, config.data.sequence_length + 1
-    windows = np.random.default_rng(0).integers(0, 256, (settings.local_steps, *shape))
-    self.windows = jnp.asarray(windows, jnp.int32)
-    everything = jnp.ones(settings.batch_size, bool)
-    tokens = settings.batch_size * config.data.sequence_length
-
-    def step(carry: tuple[Any, Any], windows: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
-      params, state = carry
-      loss, grads = jax.value_and_grad(lambda p: model.loss_sum(arch, p, windows, everything) / tokens)(params)
-      updates, state = tx.update(grads, state, params)
-      return (optax.apply_updates(params, updates), state), loss
-
-    self.loop = jax.jit(lambda carry, windows: jax.lax.scan(step, carry, windows), donate_argnums=0)
-
-  def seconds(self) -> float:
-    """The time of as many steps as a node makes in a round."""
-    begin = time.perf_counter()
-    (self.params, self.state), losses = self.loop((self.params, self.state), self.windows)
-    losses.block_until_ready()
-    return time.perf_counter() - begin
+COLUMNS = {"model": "model", "nodes": "nodes", "algorithm": "algorithm", "settings": "settings",
+           "tokens_per_second": "tokens/s", "bare_tokens_per_second": "bare loop, tokens/s",
+           "ratio": "ratio to the bare loop"}
 
 
 class Interleaved(progress.Silent):
-  """Runs the bare loop after each round of the federation."""
+  """Runs the bare loop between blocks of rounds, each with nothing else going on."""
 
-  def __init__(self, loop: BareLoop):
-    self.loop, self.pairs = loop, list[tuple[float, float]]()
-    loop.seconds()
+  def __init__(self, loop: setups.BareLoop, last_round: int, rounds_per_block: int):
+    self._loop, self._last, self._per_block = loop, last_round, rounds_per_block
+    self._begin = 0.0
+    self.seconds: list[float] = []  # per round, of each block
+    self.bare: list[float] = []  # before the first block and after each
+    jax.block_until_ready(loop.round())
 
   def round(self, round_index: int, rows: Sequence[progress.Row], seconds: float) -> None:
-    """Books the round and the bare loop's time right after it."""
-    self.pairs.append((seconds, self.loop.seconds()))
+    """Books the block that ends with this round, and the bare loop's time after it."""
+    if round_index % self._per_block or round_index >= self._last:
+      return
+    jax.block_until_ready(jax.live_arrays())  # rounds that are already on their way belong to the federation
+    now = time.perf_counter()
+    if self.bare:
+      self.seconds.append((now - self._begin) / self._per_block)
+    begin = time.perf_counter()
+    jax.block_until_ready(self._loop.round())
+    self._begin = time.perf_counter()
+    self.bare.append(self._begin - begin)
 
 
-def measure(name: str, nodes: int, algorithm: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(size: str, nodes: int, algorithm: str, settings: str, args: argparse.Namespace) -> dict[str, Any]:
   """One line of the table."""
-  rounds, steps, batch_size, length = args.rounds, args.local_steps, args.batch_size, args.sequence_length
-  config = c.Config(
-    algorithm=algorithm, rounds=rounds, model=SIZES[name](), data=c.DataConfig(sequence_length=length),
-    federation=c.FederationConfig(synthetic=c.SyntheticTree((nodes,), train_bytes=200_000, eval_bytes=20_000)),
-    node=c.NodeSettings(local_steps=steps, batch_size=batch_size),
-    evaluation=c.EvaluationConfig(valid_windows=1, test_windows=1, matrix_windows=0),
-    checkpoint=c.CheckpointConfig(every_rounds=rounds, keep_last=1, keep_best=0),
-    logging=c.LoggingConfig(tensorboard=False),
-  )
-  interleaved = Interleaved(BareLoop(config, 257))
+  rounds = args.blocks * args.rounds_per_block + 2
+  config = setups.config(size, (nodes,), local_steps=args.local_steps, batch_size=args.batch_size,
+                         sequence_length=args.sequence_length, rounds=rounds, algorithm=algorithm)
+  if settings == "default":
+    config.node.trust = c.NodeSettings().trust
+    config.evaluation = c.EvaluationConfig(matrix_windows=0)  # the matrix comes after the last round
+    config.checkpoint, config.logging = c.CheckpointConfig(), c.LoggingConfig()
   with tempfile.TemporaryDirectory() as folder:
-    train.run(config, Path(folder) / "run", reporter=interleaved)
-  ratios = [nodes * bare / seconds for seconds, bare in interleaved.pairs[1:-1]]
-  tokens = steps * batch_size * length
-  return {"model": name, "nodes": nodes, "algorithm": algorithm, "ratio": statistics.median(ratios),
-          "lowest": min(ratios), "highest": max(ratios), "rounds": len(ratios), "tokens_per_node_and_round": tokens,
-          "bare_tokens_per_second": tokens / statistics.median(bare for _, bare in interleaved.pairs[1:-1])}
+    config.data.cache = str(Path(folder) / "cache")
+    interleaved = Interleaved(_bare_loop(config), rounds - 1, args.rounds_per_block)
+    summary = train.run(config, Path(folder) / "run", reporter=interleaved)
+  around = [(before + after) / 2 for before, after in zip(interleaved.bare, interleaved.bare[1:], strict=False)]
+  bare = [nodes * seconds / jax.device_count() for seconds in around]
+  tokens = args.local_steps * args.batch_size * args.sequence_length
+  return {
+    "model": size, "nodes": nodes, "algorithm": algorithm, "settings": settings,
+    "ratio": measuring.ratios(bare, interleaved.seconds),
+    "tokens_per_second": nodes * tokens / statistics.median(interleaved.seconds),
+    "bare_tokens_per_second": tokens / statistics.median(interleaved.bare),
+    "seconds_per_round": interleaved.seconds, "bare_seconds": interleaved.bare,
+    "parts_seconds": summary["seconds"],  # of the whole run, where the time went
+  }
 
 
-def main() -> None:
+def _bare_loop(config: c.Config) -> setups.BareLoop:
+  """On the first round of the first node with text."""
+  tokenizer = tokenizer_lib.load(config.data.tokenizer)
+  member = next(m for m in federation_lib.resolve(config).members if m.data is not None)
+  text = batches_lib.load([(member.path, member.data)], config.data, tokenizer)[member.path]
+  batches = batches_lib.NodeBatches(text.train, member.settings.batch_size, config.seed, member.path)
+  arch = model.architecture(config.model, tokenizer.vocab_size)
+  return setups.BareLoop(arch, config, batches.batches(0, member.settings.local_steps))
+
+
+def main(argv: Sequence[str] | None = None) -> list[measuring.Table]:
   """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--models", default="tiny", help="of " + ", ".join(SIZES))
-  parser.add_argument("--nodes", default="1,4,16")
+  parser = measuring.parser(__doc__)
+  parser.add_argument("--models", default="tiny", help="of " + ", ".join(setups.MODELS))
+  parser.add_argument("--nodes", default=[1, 4, 16], type=measuring.whole_numbers)
   parser.add_argument("--algorithms", default="worldlm,fedavg")
-  parser.add_argument("--rounds", type=int, default=8, help="of which the first and the last do not count")
+  parser.add_argument("--settings", default="lean,default")
+  parser.add_argument("--blocks", type=int, default=5, help="how many ratios to take the median of")
+  parser.add_argument("--rounds_per_block", type=int, default=2)
   parser.add_argument("--local_steps", type=int, default=100)
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--sequence_length", type=int, default=128)
-  parser.add_argument("--out", help="a JSON file")
-  args = parser.parse_args()
-  if args.rounds < 3:
-    parser.error(f"--rounds={args.rounds}: expected at least 3, since the first and the last do not count")
-  if unknown := set(args.models.split(",")) - SIZES.keys():
-    parser.error(f"--models: {', '.join(sorted(unknown))}: expected of {', '.join(SIZES)}")
-  print("| model | nodes | algorithm | ratio to the bare loop | from | to | bare, tokens/s |")
-  print("|---|--:|---|--:|--:|--:|--:|")
-  found = []
-  for name in args.models.split(","):
-    for algorithm in args.algorithms.split(","):
-      for nodes in map(int, args.nodes.split(",")):
-        found.append(line := measure(name, nodes, algorithm, args))
-        ratios = " | ".join(f"{line[key]:.3f}" for key in ("ratio", "lowest", "highest"))
-        print(f"| {name} | {nodes} | {algorithm} | {ratios} | {line['bare_tokens_per_second']:,.0f} |", flush=True)
-  if args.out:
-    Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+  args = measuring.parse(parser, argv, models=setups.MODELS, algorithms=c.ALGORITHMS, settings=("lean", "default"))
+  table = measuring.Table(f"Whole program against a bare loop, {args.local_steps} local steps of {args.batch_size} x "
+                          f"{args.sequence_length} tokens", COLUMNS)
+  for size in args.models:
+    for settings in args.settings:
+      for algorithm in args.algorithms:
+        for nodes in args.nodes:
+          table.add(measure(size, nodes, algorithm, settings, args))
+  measuring.finish(args, [table])
+  return [table]
 
 
 if __name__ == "__main__":
