@@ -1,13 +1,12 @@
 """How fast texts are read and tokenised, and that their size costs no memory.
 
-  python benchmarks/data.py speed [--megabytes=64] [--text=FOLDER]    a table of MB/s and ratios, in Markdown
-  python benchmarks/data.py memory [--gigabytes=10]                   peak memory of a run on 10 MB and on 10 GB
+  python -m benchmarks.data speed [--megabytes=64] [--text=FOLDER] [--repeats=3]    MB/s and ratios
+  python -m benchmarks.data memory [--gigabytes=10]    peak memory of a run on 10 MB and on 10 GB
 
-Rates are of UTF-8 text, the best of three, all in one process: they compare with one another, not across
-machines. `speed` needs about eight times its text in free disk space, `memory` about three times.
+Rates are of UTF-8 text. Reading any format is held against a plain read of the .txt file, the cache of tokens against
+the tokenizer alone, in turn. `speed` needs about eight times its text in free disk space, `memory` about three times.
 """
 
-import argparse
 import functools
 import gzip
 import json
@@ -15,15 +14,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tokenizers
 from array_record.python import array_record_module
 
+from benchmarks import measuring
 from worldlm_jax import config
 from worldlm_jax.data import cache, files, synthetic, tokenizer
 
@@ -52,16 +52,6 @@ print(f"{peak[0] / 1024:.0f} {time.perf_counter() - begin:.0f} {share}")
 """
 
 
-def rate(megabytes: float, work: Callable[[], object], repeat: int = 3) -> float:
-  """MB/s of the best of some calls."""
-  best = float("inf")
-  for _ in range(repeat):
-    begin = time.perf_counter()
-    work()
-    best = min(best, time.perf_counter() - begin)
-  return megabytes / best
-
-
 def documents(megabytes: float, text: str) -> list[str]:
   """Documents of that much text: of a folder of .txt files, over and over, or of an artificial language."""
   wanted, found, size = int(megabytes * 1e6), [], 0
@@ -77,8 +67,8 @@ def documents(megabytes: float, text: str) -> list[str]:
 def _endless(text: str) -> Iterator[str]:
   if text:
     for file in sorted(Path(text).rglob("train.txt")):
-      source = config.Files(str(file))
-      yield from (document.text for document in files.open_files(source, "error").documents())
+      read = files.open_files(config.Files(str(file)), "error")
+      yield from (document.text for document in read.documents())
   else:
     source = config.Synthetic("a/b", train_bytes=2**40)
     yield from (document.text for document in synthetic.open_language(source).documents())
@@ -107,30 +97,47 @@ def write_formats(texts: list[str], folder: Path) -> list[Path]:
   return paths
 
 
-def speed(megabytes: float, text: str) -> None:
+def speed(megabytes: float, text: str, repeats: int) -> list[measuring.Table]:
   """Prints both tables."""
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     texts = documents(megabytes, text)
     size = sum(len(t.encode()) for t in texts) / 1e6
+    where = f"{size:.0f} MB in {len(texts):,} documents of {text or 'an artificial language'}"
     paths = write_formats(texts, folder)
-    plain = rate(size, lambda: _plain_read(paths[0]))
-    print(f"{size:.0f} MB in {len(texts):,} documents of {text or 'an artificial language'}\n")
-    print("| reading | MB/s of text | against a plain read of the .txt file |\n|---|---|---|")
-    print(f"| plain read of the .txt file | {plain:.0f} | 1 |")
-    for path in paths:
-      read = rate(size, functools.partial(_read, path))
-      print(f"| {''.join(path.suffixes)} | {read:.0f} | {read / plain:.2f} |")
-    bpe = _train_bpe(texts, folder / "bpe.json")
-    print("\n| tokenising a .txt file | tokenizer alone, MB/s | into the cache, MB/s | against the tokenizer alone | "
-          "from the cache, MB/s |\n|---|---|---|---|---|")
-    for spec in (tokenizer.ByteTokenizer(), bpe):
-      alone = rate(size, functools.partial(_pack, spec, texts), repeat=2)
-      data = config.DataConfig(cache=str(folder / "cache"))
+    readers: dict[str, Callable[[], Any]] = {"plain read of the .txt file": lambda: _plain_read(paths[0])}
+    readers |= {"".join(path.suffixes): functools.partial(_read, path) for path in paths}
+    reading = measuring.Table(f"Reading {where}", {"format": "reading", "rate": "MB/s of text", "ratio":
+                                                   "against a plain read of the .txt file"})
+    seconds = measuring.interleaved(readers, repeats)
+    for format_, taken in seconds.items():
+      reading.add({"format": format_, "rate": _rate(size, taken),
+                   "ratio": measuring.ratios(next(iter(seconds.values())), taken)})
+    tokenising = measuring.Table(f"Tokenising {where}", {
+      "tokenizer": "tokenizer", "alone": "tokenizer alone, MB/s", "fresh": "into the cache, MB/s",
+      "ratio": "against the tokenizer alone", "cached": "from the cache, MB/s"})
+    for spec in (tokenizer.ByteTokenizer(), _train_bpe(texts, folder / "bpe.json")):
+      data = config.DataConfig(cache=str(folder / "cache" / spec.name.partition("@")[0]))
       fill = functools.partial(_fill, spec, paths[0], data)
-      cold = rate(size, lambda: (shutil.rmtree(data.cache, ignore_errors=True), fill()), repeat=2)  # noqa: B023
-      print(f"| {spec.name.partition('@')[0]} ({spec.vocab_size}) | {alone:.0f} | {cold:.0f} | {cold / alone:.2f} | "
-            f"{rate(size, fill):.0f} |", flush=True)
+      rates = measuring.interleaved({
+        "alone": functools.partial(_pack, spec, texts), "fresh": functools.partial(_fill_anew, fill, data.cache),
+      }, repeats)
+      rates |= measuring.interleaved({"cached": fill}, repeats)
+      tokenising.add({
+        "tokenizer": f"{spec.name.partition('@')[0]} ({spec.vocab_size})",
+        "ratio": measuring.ratios(rates["alone"], rates["fresh"]),
+        **{name: _rate(size, values) for name, values in rates.items()},
+      })
+  return [reading, tokenising]
+
+
+def _rate(megabytes: float, seconds: list[float]) -> float:
+  return megabytes / measuring.spread(seconds).median
+
+
+def _fill_anew(fill: Callable[[], None], folder: str) -> None:
+  shutil.rmtree(folder, ignore_errors=True)
+  fill()
 
 
 def _plain_read(path: Path) -> None:
@@ -163,16 +170,22 @@ def _train_bpe(texts: list[str], out: Path) -> tokenizer.Tokenizer:
   return tokenizer.load(str(out))
 
 
-def memory(gigabytes: float) -> None:
+def memory(gigabytes: float) -> list[measuring.Table]:
   """Runs the same training on 10 MB and on `gigabytes` of text, each in a process of its own."""
-  print("| text | peak memory, MB | whole run, seconds | share of time waiting for data |\n|---|---|---|---|")
+  table = measuring.Table("Memory of a run", {
+    "megabytes": "text, MB", "peak_mb": "peak memory, MB", "ratio": "against the smaller text",
+    "seconds": "whole run, s", "waiting_share": "share of time waiting for data"})
   for size in (0.01, gigabytes):
     with tempfile.TemporaryDirectory() as name:
       folder = Path(name)
       written = _write_text(folder / "texts.txt", size * 1e9)
       command = [sys.executable, "-c", _RUN, str(folder / "texts.txt"), str(folder / "cache"), str(folder / "run")]
-      peak, seconds, share = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-      print(f"| {written / 1e6:,.0f} MB | {peak} | {seconds} | {float(share):.2%} |", flush=True)
+      found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+      peak, seconds, share = map(float, found)
+      least = table.rows[0]["peak_mb"] if table.rows else peak
+      table.add({"megabytes": written / 1e6, "peak_mb": peak, "ratio": peak / least, "seconds": seconds,
+                 "waiting_share": share})
+  return [table]
 
 
 def _write_text(path: Path, size: float) -> int:
@@ -188,14 +201,22 @@ def _write_text(path: Path, size: float) -> int:
   return written
 
 
-if __name__ == "__main__":
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> list[measuring.Table]:
+  """Prints the tables."""
+  parser = measuring.parser(__doc__)
   parser.add_argument("what", choices=["speed", "memory"])
   parser.add_argument("--megabytes", type=float, default=64)
   parser.add_argument("--gigabytes", type=float, default=10)
+  parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--text", default="", help="a folder tree with train.txt files")
-  given = parser.parse_args()
-  if given.what == "speed":
-    speed(given.megabytes, given.text)
+  args = measuring.parse(parser, argv)
+  if args.what == "speed":
+    tables = speed(args.megabytes, args.text, args.repeats)
   else:
-    memory(given.gigabytes)
+    tables = memory(args.gigabytes)
+  measuring.finish(args, tables)
+  return tables
+
+
+if __name__ == "__main__":
+  main()

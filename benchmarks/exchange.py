@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measuring, setups
-from worldlm_jax import checks, config as c, schedule, state as state_lib, trees
+from worldlm_jax import config as c, schedule, state as state_lib, trees
 
 COLUMNS = {"model": "model", "key_layer_mb": "key layers of a node, MB", "copy_ms": "copy, ms",
            "attention_ratio": "attention, in copies", "exchange_ratio": "whole exchange, in copies",
@@ -48,7 +48,6 @@ class Exchange:
     self._steps = [schedule.Step(kind, level, np.ones(len(levels[level]), bool), True)
                    for kind, order in (("up", range(self._last - 1, -1, -1)), ("down", range(self._last + 1)))
                    for level in order]
-    self._members = np.ones(nodes, bool)
     self._train = jax.jit(_trained, donate_argnums=0)
     self._copy = jax.jit(lambda into, layers: jax.tree.map(jnp.copy, layers), donate_argnums=0, keep_unused=True)
     self._into = jax.tree.map(jnp.zeros_like, self.key_layers())
@@ -100,13 +99,11 @@ def _trained(level: state_lib.LevelState) -> state_lib.LevelState:
 def measure(size: str, nodes: int, repeats: int) -> dict[str, Any]:
   """One line of the table."""
   exchange = Exchange(size, nodes)
-  copies, wholes, attentions = [], [], []
-  for turn in range(repeats + 1):
+  turns = []
+  for _ in range(repeats + 1):
     exchange.train()
-    copied = exchange.copy()
-    whole, attention = exchange.exchange()
-    if turn:  # the first of each compiles
-      copies, wholes, attentions = [*copies, copied], [*wholes, whole], [*attentions, attention]
+    turns.append((exchange.copy(), *exchange.exchange()))
+  copies, wholes, attentions = zip(*turns[1:], strict=True)  # the first of each compiles
   exchange.train()
   with measuring.PeakMemory() as memory:
     exchange.exchange()
@@ -126,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Table]:
   parser.add_argument("--nodes", type=int, default=8)
   parser.add_argument("--repeats", type=int, default=5)
   args = measuring.parse(parser, argv, models=setups.MODELS)
-  checks.require(args.nodes >= 4 and args.nodes % 2 == 0, "--nodes", args.nodes, "an even number of at least 4")
+  if args.nodes < 4 or args.nodes % 2:
+    parser.error(f"--nodes={args.nodes}: expected an even number of at least 4, half of them for each federation")
   table = measuring.Table(f"Exchange of the key layers of {args.nodes} nodes", COLUMNS)
   for size in args.models:
     table.add(measuring.in_child(measure, size=size, nodes=args.nodes, repeats=args.repeats))

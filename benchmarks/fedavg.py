@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measuring, setups
-from worldlm_jax import checks, config as c, model, partition, rngs, trees
+from worldlm_jax import config as c, model, partition, rngs, trees
 
 EPSILON = 1e-3  # of AdamW where models are compared
 COLUMNS = {"model": "model", "nodes": "nodes", "moments": "moments", "tokens_per_second": "tokens/s",
@@ -37,7 +37,7 @@ class DrJaxRounds:
   """FedAvg as a DrJAX program."""
 
   def __init__(self, own: setups.Rounds):
-    import drjax
+    import drjax  # type: ignore[import-untyped]
 
     config, arch = own.config, own.arch
     clients = len(own.text_tokens)
@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Table]:
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--sequence_length", type=int, default=128)
   args = measuring.parse(parser, argv, models=setups.MODELS, moments=("keep", "reset"))
-  checks.require(importlib.util.find_spec("drjax") is not None, "drjax", None, "the package to compare with",
-                 "pip install 'worldlm_jax[bench]', or pip install drjax")
+  if importlib.util.find_spec("drjax") is None:
+    parser.error("drjax is not installed; pip install -e '.[bench]', or pip install drjax")
   table = measuring.Table(_title(args), COLUMNS)
   for size in args.models:
     for moments in args.moments:

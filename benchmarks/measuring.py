@@ -106,7 +106,7 @@ def _device_memory(name: str) -> int:
 
 
 def in_child(function: Callable[..., Any], **arguments: Any) -> Any:
-  """Calls a module's function in a new process without a compilation cache.
+  """Calls a module's function in a new process.
 
   Arguments and result must survive JSON. Not for use after this process has taken an accelerator, which the child
   needs.
@@ -118,8 +118,7 @@ def in_child(function: Callable[..., Any], **arguments: Any) -> Any:
   if module == "__main__":
     module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
   command = [sys.executable, "-m", "benchmarks.measuring", module, function.__name__, json.dumps(arguments)]
-  environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-  found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+  found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
   return json.loads(found.stdout.rpartition(_RESULT)[2])
 
 
@@ -147,7 +146,7 @@ def _text(value: Any) -> str:
 def parser(documentation: str | None) -> argparse.ArgumentParser:
   """A parser of flags that knows `--out`."""
   found = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
-  found.add_argument("--out", help="a JSON file for the results")
+  found.add_argument("--out", help="where the results go as JSON")
   return found
 
 

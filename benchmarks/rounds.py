@@ -89,8 +89,8 @@ def measure(size: str, nodes: int, algorithm: str, settings: str, args: argparse
 def _bare_loop(config: c.Config) -> setups.BareLoop:
   """On the first round of the first node with text."""
   tokenizer = tokenizer_lib.load(config.data.tokenizer)
-  member = next(m for m in federation_lib.resolve(config).members if m.data is not None)
-  text = batches_lib.load([(member.path, member.data)], config.data, tokenizer)[member.path]
+  member, source = next((m, m.data) for m in federation_lib.resolve(config).members if m.data is not None)
+  text = batches_lib.load([(member.path, source)], config.data, tokenizer)[member.path]
   batches = batches_lib.NodeBatches(text.train, member.settings.batch_size, config.seed, member.path)
   arch = model.architecture(config.model, tokenizer.vocab_size)
   return setups.BareLoop(arch, config, batches.batches(0, member.settings.local_steps))

@@ -157,16 +157,24 @@ class BareLoop:
   """One node that trains alone: jitted, donated, its windows on the device already."""
 
   def __init__(self, arch: model.Architecture, config: c.Config, windows: np.ndarray):
-    self.params = jax.jit(model.init, static_argnums=0)(arch, jax.random.key(0))
-    self.state = jax.jit(adamw(config).init)(self.params)
     self.windows, self.rates = jnp.asarray(windows), jnp.asarray(rates(config))
-    self._loop = jax.jit(local_steps(arch, config), donate_argnums=(0, 1))
+    self._loop: Any = jax.jit(local_steps(arch, config), donate_argnums=(0, 1))
+    self._init = jax.jit(lambda key: (params := model.init(arch, key), adamw(config).init(params)))
+    self.begin()
+
+  def begin(self) -> None:
+    """Starts from initial parameters; compiles the first time only."""
+    self.params, self.state = self._init(jax.random.key(0))
+
+  def end(self) -> None:
+    """Lets go of parameters and moments."""
+    self.params = self.state = None
+
+  def compile(self) -> None:
+    """Compiles the loop, ahead of its first round."""
+    self._loop = self._loop.lower(self.params, self.state, self.windows, self.rates).compile()
 
   def round(self) -> jax.Array:
     """As many steps as a node makes in a round; gives their losses."""
     self.params, self.state, losses = self._loop(self.params, self.state, self.windows, self.rates)
     return losses
-
-  def compile(self) -> None:
-    """Compiles the loop ahead of its first round."""
-    self._loop = self._loop.lower(self.params, self.state, self.windows, self.rates).compile()
