@@ -46,7 +46,7 @@ class Rounds:
     self.arch = model.architecture(config.model, VOCABULARY, num_key_layers=algorithms.num_key_layers(config))
     algorithm = algorithms.make(config, self.arch, self.federation)
     texts = [m.path for m in self.federation.members if m.data]
-    self.text_tokens = {path: 1000 + 100 * i for i, path in enumerate(texts)}
+    self.text_tokens = {path: 1000 * (i + 1) for i, path in enumerate(texts)}
     self.engine = engine.Engine(
       config, self.federation, self.arch, partition.make_mesh(jax.devices()[:1]), algorithm, self.text_tokens,
       [self._validation(level) for level in self.federation.levels] if algorithm.needs_validation else None,
