@@ -81,9 +81,14 @@ def optimizer(
 
 
 def train_node(
-  arch: model.Architecture, config: OptimizerConfig, params: model.Params, opt_state: trees.PyTree, work: Workload
+  arch: model.Architecture, config: OptimizerConfig, params: model.Params, opt_state: trees.PyTree, work: Workload,
+  most_steps: jax.Array | None = None,
 ) -> Trained:
-  """Runs `work.steps` optimizer steps on one node. Pure; shapes as in `Workload`."""
+  """Runs `work.steps` optimizer steps on one node. Pure; shapes as in `Workload`.
+
+  The loop ends with the node's last step, unless `most_steps` (int32 scalar, at least `work.steps`) says how many times
+  it runs: devices that work on one node together talk within the loop, in which all have to stay together.
+  """
   tx = optimizer(config, work.clip_norm, work.weight_decay)
   if config.moments == "reset":
     opt_state = trees.where(work.steps > 0, tx.init(params), opt_state)
@@ -104,7 +109,8 @@ def train_node(
 
     if micro == max_batch:
       return part(0, windows_BxW)
-    return jax.lax.fori_loop(0, -(-work.batch_size // micro), add, (jnp.float32(0), trees.zeros_like(params)))
+    count = work.batch_size if most_steps is None else max_batch
+    return jax.lax.fori_loop(0, -(-count // micro), add, (jnp.float32(0), trees.zeros_like(params)))
 
   def step(carry: tuple) -> tuple:
     i, _, params, state, losses_S, tokens = carry
@@ -121,7 +127,15 @@ def train_node(
 
   losses_S = jnp.full(max_steps, jnp.nan, jnp.float32)
   carry = (jnp.int32(0), jnp.bool_(True), params, opt_state, losses_S, jnp.int32(0))
-  steps, _, params, opt_state, losses_S, tokens = jax.lax.while_loop(lambda c: (c[0] < work.steps) & c[1], step, carry)
+
+  def goes_on(carry: tuple) -> jax.Array:
+    return (carry[0] < work.steps) & carry[1]
+
+  if most_steps is None:
+    carry = jax.lax.while_loop(goes_on, step, carry)
+  else:
+    carry = jax.lax.fori_loop(0, most_steps, lambda _, c: trees.where(goes_on(c), step(c), c), carry)
+  steps, _, params, opt_state, losses_S, tokens = carry
   return Trained(params, opt_state, losses_S, steps, tokens)
 
 
@@ -131,12 +145,14 @@ def train_nodes(
 ) -> Trained:
   """Trains nodes side by side: leaves `[N, ...]`, N a multiple of the mesh's node axis.
 
-  Every device trains its own share; the loop runs as long as the longest, and nodes with 0 steps come
-  back as they were.
+  Every device trains its own share; the loop runs as long as the longest of it, or of all where a node is spread over
+  devices; nodes with 0 steps come back as they were.
   """
 
-  def train_share(*share: Any) -> Trained:
-    return jax.vmap(functools.partial(train_node, arch, config))(*share)
+  def train_share(params: model.Params, opt_state: trees.PyTree, work: Workload) -> Trained:
+    most_steps = jax.lax.pmax(jnp.max(work.steps), partition.NODE) if partition.is_spread() else None
+    train = functools.partial(train_node, arch, config, most_steps=most_steps)
+    return jax.vmap(train)(params, opt_state, work)
 
   return partition.per_device(train_share, mesh)(params, opt_state, work)
 

@@ -76,7 +76,7 @@ def combine(
       if instead is not None:
         taken = instead.source.fetch(_cut(other, m, i, count))[instead.place]
         mixed = trees.where(instead.takes, taken, mixed)
-      return _put(out, mixed, m, i)
+      return _put(out, mixed, m, i, count)
 
     return jax.lax.fori_loop(0, out.shape[1] * count, write, out)
 
@@ -92,22 +92,25 @@ def _piece(stack: tuple[jax.Array, ...], sources: Sequence[Source], m: Any, i: A
 
 
 def _cut(leaf: jax.Array, m: Any, i: Any, count: int) -> jax.Array:
-  """The i-th of `count` pieces of layer m: `[rows, D / count, ...]`."""
-  size = leaf.shape[2] // count
-  start = (0, m, i * size) + (0,) * (leaf.ndim - 3)
-  return jax.lax.dynamic_slice(leaf, start, (leaf.shape[0], 1, size, *leaf.shape[3:]))[:, 0]
+  """The i-th of `count` pieces of layer m, `[rows, C]`; a layer in one piece as it is, `[rows, ...]`."""
+  if count == 1:
+    return jax.lax.dynamic_index_in_dim(leaf, m, 1, keepdims=False)
+  size = leaf[0, 0].size // count
+  return jax.lax.dynamic_slice(leaf.reshape(len(leaf), -1), (0, (m * count + i) * size), (len(leaf), size))
 
 
-def _put(leaf: jax.Array, piece: jax.Array, m: Any, i: Any) -> jax.Array:
+def _put(leaf: jax.Array, piece: jax.Array, m: Any, i: Any, count: int) -> jax.Array:
   """The inverse of `_cut`."""
-  return jax.lax.dynamic_update_slice(leaf, piece[:, None], (0, m, i * piece.shape[1]) + (0,) * (leaf.ndim - 3))
+  if count == 1:
+    return jax.lax.dynamic_update_index_in_dim(leaf, piece, m, 1)
+  flat = jax.lax.dynamic_update_slice(leaf.reshape(len(leaf), -1), piece, (0, (m * count + i) * piece.shape[1]))
+  return flat.reshape(leaf.shape)
 
 
 def _num_pieces(stack: tuple[jax.Array, ...]) -> int:
   """Into how many pieces a layer of all these rows is cut; a layer that is spread over devices is not cut."""
   if partition.is_spread():
     return 1
-  length = stack[0].shape[2]
-  row_bytes = sum(leaf.shape[0] for leaf in stack) * stack[0].dtype.itemsize * stack[0][0, 0, 0].size
-  most = max(1, partition.piece_bytes() // row_bytes)  # of the length
-  return length // max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
+  length = stack[0][0, 0].size
+  most = max(1, partition.piece_bytes() // sum(leaf.shape[0] * leaf.dtype.itemsize for leaf in stack))
+  return next(count for count in range(-(-length // most), length + 1) if length % count == 0)
