@@ -174,7 +174,7 @@ def test_flags_override_fields_with_their_types() -> None:
 
 @_OLD_LOADER
 @pytest.mark.parametrize("flag", ["rounds=abc", "rounds=2.0", "model.num_layers=2.5", "node.learning_rate=fast",
-                                  "model.remat=maybe"])
+                                  "model.tied_head=maybe"])
 def test_flags_of_the_wrong_type_are_named(flag: str) -> None:
   with pytest.raises(flags.IllegalFlagValueError, match=re.escape(f"flag --config.{flag}: ")):
     _flags(f"--config.{flag}")
@@ -197,8 +197,8 @@ def test_flags_that_lead_to_no_field_are_refused(flag: str, message: str) -> Non
 def test_other_flags_are_let_through() -> None:
   validation.check_flags(["main", "--config.federation.documents.path=x", "--config.federation.documents.subset=fr",
                           "--config.federation.partition.alphas=(1.0,)"])
-  validation.check_flags(["main", "--config=configs/x.py", "--config.rounds=3", "--config.model.remat",
-                          "--noconfig.model.remat", "--config.node.clip_norm", "inf", "--node=a.rouns=3",
+  validation.check_flags(["main", "--config=configs/x.py", "--config.rounds=3", "--config.model.tied_head",
+                          "--noconfig.model.tied_head", "--config.node.clip_norm", "inf", "--node=a.rouns=3",
                           "--configs.a=1"])
 
 
@@ -231,7 +231,7 @@ def test_every_config_file_says_its_command_and_is_valid(path: Path) -> None:
   ({"rounds": True}, r"config.rounds=True: expected a whole number"),
   ({"node": c.NodeSettings(local_steps="5")}, r"config.node.local_steps='5': expected a whole number"),
   ({"node": c.NodeSettings(learning_rate="fast")}, r"config.node.learning_rate='fast': expected a number"),
-  ({"model": c.ModelConfig(remat=1)}, r"config.model.remat=1: expected True or False"),
+  ({"model": c.ModelConfig(tied_head=1)}, r"config.model.tied_head=1: expected True or False"),
   ({"model": "tiny"}, r"config.model='tiny': expected a ModelConfig"),
   ({"federation": c.FederationConfig(documents=c.Node())}, r"config.federation.documents=Node.*: expected a source"),
   ({"federation": c.FederationConfig(documents=c.Tfds(name=3))}, r"federation.documents.name=3: expected a string"),

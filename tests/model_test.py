@@ -189,7 +189,7 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 def test_recomputing_blocks_changes_neither_loss_nor_gradient(rounds):
-  plain, remat = small(**ONE_STACK), small(**ONE_STACK, remat=True)
+  plain, remat = small(**ONE_STACK), small(**ONE_STACK, remat="blocks")
   params, windows, rows = start(plain), tokens_of(2, B, T + 1), np.ones(B, bool)
   loss, gradient = loss_and_gradient(plain, params, windows, rows)
   again, recomputed = loss_and_gradient(remat, params, windows, rows)

@@ -195,7 +195,8 @@ class ModelConfig:
   norm_epsilon: float = 1e-5
   tied_head: bool = True
   compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
-  remat: bool = False  # recompute each block in the backward pass
+  attention: str = "auto"  # auto | xla | cudnn | splash: the kernel (see model/attention.py)
+  remat: str = "none"  # none | blocks | dots: what the backward pass recomputes (dots: all but matrix products)
   key_layer_share: float = 0.3  # share of the blocks, from the top, that are key layers; 1: all blocks
 
 

@@ -118,6 +118,26 @@ def piece_bytes() -> int:
   return 2**21 if jax.default_backend() == "cpu" else 2**28
 
 
+def split(axis: str, *sizes: int) -> str | None:
+  """The axis, where it divides arrays' axes of these sizes inside `per_device`; None where it does not."""
+  devices = jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+  return axis if all(size % devices == 0 for size in sizes) else None
+
+
+def per_shard(function: Callable[..., Any], in_specs: Sequence[Sequence[Any]], out_spec: Sequence[Any]) -> Any:
+  """Runs `function`, of one node inside `per_device`, on each device's own part of the arrays, for kernels that the
+  compiler cannot split.
+
+  The specs name an axis of the mesh, or None, for each axis of an array: how it lies on the node's devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function
+  specs = tuple(PartitionSpec(*spec) for spec in in_specs)
+  return jax.shard_map(function, in_specs=specs, out_specs=PartitionSpec(*out_spec),
+                       axis_names={FSDP, TENSOR}, check_vma=False)
+
+
 def _size(mesh: Mesh, axis: Any) -> int:
   names = (axis,) if isinstance(axis, str) else axis or ()
   return math.prod(mesh.shape[name] for name in names)

@@ -161,6 +161,8 @@ def _validate_model(model: ModelConfig) -> None:
   checks.require(model.num_heads % model.num_kv_heads == 0, "config.model.num_kv_heads", model.num_kv_heads,
                  f"a divisor of num_heads={model.num_heads}")
   checks.one_of("config.model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
+  checks.one_of("config.model.attention", model.attention, ("auto", "xla", "cudnn", "splash"))
+  checks.one_of("config.model.remat", model.remat, ("none", "blocks", "dots"))
   _positive("config.model.rope_base", model.rope_base)
   _positive("config.model.norm_epsilon", model.norm_epsilon)
   _in_range("config.model.key_layer_share", model.key_layer_share, 0, 1)

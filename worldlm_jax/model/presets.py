@@ -8,7 +8,7 @@ import functools
 
 from worldlm_jax.config import ModelConfig
 
-_large = functools.partial(ModelConfig, vocab_size=50_432, compute_dtype="bfloat16", remat=True)
+_large = functools.partial(ModelConfig, vocab_size=50_432, compute_dtype="bfloat16", remat="blocks")
 
 PRESETS = {
   # For many runs on a laptop: 0.05M parameters with the byte tokenizer.

@@ -21,6 +21,7 @@ from flax import nnx
 
 from worldlm_jax import config as config_lib, partition
 from worldlm_jax.config import ModelConfig
+from worldlm_jax.model import attention
 from worldlm_jax.partition import FSDP, TENSOR
 
 Params = dict[str, Any]
@@ -43,7 +44,8 @@ class Architecture:
   norm_epsilon: float
   tied_head: bool
   compute_dtype: str
-  remat: bool
+  attention: str
+  remat: str
   document_separator: int | None  # attention does not reach back beyond this token; None: it reaches everything
 
 
@@ -53,7 +55,11 @@ def architecture(
   """Freezes a model config; `vocab_size` is the tokenizer's, used where the config says 0.
 
   `num_key_layers` takes the place of the config's share, for algorithms that have none.
+
+  Raises:
+    checks.InputError: the config asks for an attention that this machine does not have.
   """
+  attention.check(config.attention)
   fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
   del fields["key_layer_share"]
   fields["vocab_size"] = config.vocab_size or vocab_size
@@ -110,25 +116,23 @@ def _final_hidden(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> 
   """What the head sees: `[B, T, D]` after the final norm, in the compute dtype."""
   dtype = jnp.dtype(arch.compute_dtype)
   backbone = params["backbone"]
-  mask_Bx1xTxT = None
+  document_BxT = None
   if arch.document_separator is not None:
-    document_BxT = jnp.cumsum(tokens_BxT == arch.document_separator, axis=1)
-    mask_Bx1xTxT = (document_BxT[:, :, None] == document_BxT[:, None, :])[:, None]
+    document_BxT = jnp.cumsum(tokens_BxT == arch.document_separator, axis=1, dtype=jnp.int32)
   embedding_VxD = partition.constrain(backbone["embedding"].astype(dtype), None, None)  # whole, on every device
   x_BxTxD = embedding_VxD[partition.constrain(tokens_BxT, FSDP, None)]
   x_BxTxD = partition.constrain(x_BxTxD, FSDP, None, None)
   if arch.num_key_layers < arch.num_layers:
-    x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD, mask_Bx1xTxT)
+    x_BxTxD = _apply_blocks(arch, backbone["blocks"], x_BxTxD, document_BxT)
   if arch.num_key_layers:
-    x_BxTxD = _apply_blocks(arch, params["key_layers"], x_BxTxD, mask_Bx1xTxT)
+    x_BxTxD = _apply_blocks(arch, params["key_layers"], x_BxTxD, document_BxT)
   return _rms_norm(x_BxTxD, backbone["final_norm"], arch.norm_epsilon)
 
 
 def loss_sum(arch: Architecture, params: Params, windows_BxW: jax.Array, rows_B: jax.Array) -> jax.Array:
   """Summed next-token cross-entropy in nats, float32 scalar.
 
-  The logits of all positions are never held at once: `CHUNK_LOGITS` of them are made at a time, and made again for
-  the gradient.
+  The logits of all positions are never held at once: `CHUNK_LOGITS` of them are made at a time.
 
   Args:
     arch: the architecture.
@@ -143,22 +147,63 @@ def loss_sum(arch: Architecture, params: Params, windows_BxW: jax.Array, rows_B:
   targets_N = partition.constrain(targets_N, (FSDP, TENSOR))
   head_DxV = partition.constrain(_head(arch, params), None, None)
 
-  def chunk_loss(hidden_CxD: jax.Array, targets_C: jax.Array) -> jax.Array:
-    logits_CxV = jnp.matmul(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
-    picked_C = jnp.take_along_axis(logits_CxV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
-    return jnp.sum(jax.nn.logsumexp(logits_CxV, axis=-1) - picked_C, where=targets_C >= 0)
+  return _cross_entropy(hidden_NxD, head_DxV, targets_N)
 
-  num_chunks = min(targets_N.size, -(-targets_N.size * arch.vocab_size // CHUNK_LOGITS))
-  if num_chunks <= 1:
-    return chunk_loss(hidden_NxD, targets_N)
-  missing = -targets_N.size % num_chunks
-  hidden = jnp.pad(hidden_NxD, ((0, missing), (0, 0))).reshape(num_chunks, -1, arch.d_model)
-  targets = jnp.pad(targets_N, (0, missing), constant_values=-1).reshape(num_chunks, -1)
+
+@jax.custom_vjp
+def _cross_entropy(hidden_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array) -> jax.Array:
+  """Summed cross-entropy of the targets that are not negative, in nats, float32 scalar.
+
+  Computed with its gradient, a chunk of tokens at a time, so that no logits are kept or made twice. The logits are
+  float32, the products bfloat16 where the hidden states are.
+  """
 
   def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    return total + jax.checkpoint(chunk_loss)(*chunk), None
+    return total + _chunk_loss(chunk[0], head_DxV, chunk[1])[0], None
 
-  return jax.lax.scan(add, jnp.float32(0), (hidden, targets))[0]
+  return jax.lax.scan(add, jnp.float32(0), _chunks(hidden_NxD, targets_N, head_DxV.shape[1]))[0]
+
+
+def _cross_entropy_forward(hidden_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array) -> tuple:
+  """The loss, and its gradients by the hidden states and the head in their dtypes, the head's summed in float32."""
+
+  def add(total: tuple, chunk: tuple[jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
+    hidden_CxD, targets_C = chunk
+    loss, slope_CxV = _chunk_loss(hidden_CxD, head_DxV, targets_C)
+    slope_CxV = slope_CxV.astype(head_DxV.dtype)
+    by_head_DxV = jnp.matmul(hidden_CxD.T, slope_CxV, preferred_element_type=jnp.float32)
+    return (total[0] + loss, total[1] + by_head_DxV), slope_CxV @ head_DxV.T
+
+  start = jnp.float32(0), jnp.zeros(head_DxV.shape, jnp.float32)
+  (loss, by_head_DxV), by_hidden = jax.lax.scan(add, start, _chunks(hidden_NxD, targets_N, head_DxV.shape[1]))
+  by_hidden_NxD = by_hidden.reshape(-1, hidden_NxD.shape[1])[: hidden_NxD.shape[0]]
+  return loss, (by_hidden_NxD, by_head_DxV.astype(head_DxV.dtype))
+
+
+def _cross_entropy_backward(gradients: tuple[jax.Array, jax.Array], by_loss: jax.Array) -> tuple:
+  return *(by_loss.astype(g.dtype) * g for g in gradients), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _chunks(hidden_NxD: jax.Array, targets_N: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+  """Both with a leading axis of chunks of at most `CHUNK_LOGITS` logits, the last filled up with negative targets."""
+  num_chunks = max(1, min(targets_N.size, -(-targets_N.size * vocab_size // CHUNK_LOGITS)))
+  missing = -targets_N.size % num_chunks
+  hidden = jnp.pad(hidden_NxD, ((0, missing), (0, 0))).reshape(num_chunks, -1, hidden_NxD.shape[1])
+  return hidden, jnp.pad(targets_N, (0, missing), constant_values=-1).reshape(num_chunks, -1)
+
+
+def _chunk_loss(hidden_CxD: jax.Array, head_DxV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A chunk's loss and its slope by each logit `[C, V]`, float32."""
+  logits_CxV = jnp.matmul(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
+  counted_C = targets_C >= 0
+  norm_C = jax.nn.logsumexp(logits_CxV, axis=-1)
+  picked_C = jnp.take_along_axis(logits_CxV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
+  is_target_CxV = targets_C[:, None] == jnp.arange(head_DxV.shape[1])[None, :]
+  slope_CxV = jnp.where(counted_C[:, None], jnp.exp(logits_CxV - norm_C[:, None]) - is_target_CxV, 0)
+  return jnp.sum(norm_C - picked_C, where=counted_C), slope_CxV
 
 
 def num_targets(windows_BxW: jax.Array, rows_B: jax.Array) -> jax.Array:
@@ -193,18 +238,21 @@ class _Block(nnx.Module):
     self.up = linear(arch.d_model, arch.d_ff)
     self.down = linear(arch.d_ff, arch.d_model, residual_scale)
 
-  def __call__(self, x_BxTxD: jax.Array, mask_Bx1xTxT: jax.Array | None) -> jax.Array:
-    arch = self.arch
-    h_BxTxD = _rms_norm(x_BxTxD, self.attention_norm[...], arch.norm_epsilon)
-    q_BxTxHxC = _rotate(_heads(self.query(h_BxTxD), arch.num_heads), arch.rope_base)
-    k_BxTxKxC = _rotate(_heads(self.key(h_BxTxD), arch.num_kv_heads), arch.rope_base)
-    v_BxTxKxC = _heads(self.value(h_BxTxD), arch.num_kv_heads)
-    mixed_BxTxHxC = jax.nn.dot_product_attention(
-      q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, mask=mask_Bx1xTxT, is_causal=True
+  def __call__(self, x_BxTxD: jax.Array, document_BxT: jax.Array | None) -> jax.Array:
+    arch, (batch, length, width) = self.arch, x_BxTxD.shape
+    d_head = width // arch.num_heads
+    # Matrix products are of `[N, D]`: over a single axis of tokens, that of a weight's gradient copies nothing.
+    h_NxD = _rms_norm(x_BxTxD, self.attention_norm[...], arch.norm_epsilon).reshape(-1, width)
+    q_BxTxHxC = self.query(h_NxD).reshape(batch, length, arch.num_heads, d_head)
+    k_BxTxKxC = self.key(h_NxD).reshape(batch, length, arch.num_kv_heads, d_head)
+    v_BxTxKxC = self.value(h_NxD).reshape(batch, length, arch.num_kv_heads, d_head)
+    mixed_BxTxHxC = attention.attend(
+      arch.attention, _rotate(q_BxTxHxC, arch.rope_base, scale=d_head**-0.5), _rotate(k_BxTxKxC, arch.rope_base),
+      v_BxTxKxC, document_BxT,
     )
-    x_BxTxD = x_BxTxD + self.attention_out(mixed_BxTxHxC.reshape(x_BxTxD.shape))
-    h_BxTxD = _rms_norm(x_BxTxD, self.mlp_norm[...], arch.norm_epsilon)
-    return x_BxTxD + self.down(jax.nn.silu(self.gate(h_BxTxD)) * self.up(h_BxTxD))
+    x_BxTxD = x_BxTxD + self.attention_out(mixed_BxTxHxC.reshape(-1, width)).reshape(x_BxTxD.shape)
+    h_NxD = _rms_norm(x_BxTxD, self.mlp_norm[...], arch.norm_epsilon).reshape(-1, width)
+    return x_BxTxD + self.down(jax.nn.silu(self.gate(h_NxD)) * self.up(h_NxD)).reshape(x_BxTxD.shape)
 
 
 @functools.cache
@@ -214,7 +262,7 @@ def _block_graph(arch: Architecture) -> Any:
 
 
 def _apply_blocks(
-  arch: Architecture, blocks: Any, x_BxTxD: jax.Array, mask_Bx1xTxT: jax.Array | None
+  arch: Architecture, blocks: Any, x_BxTxD: jax.Array, document_BxT: jax.Array | None
 ) -> jax.Array:
   """Runs stacked blocks, leaves `[layers, ...]`, one after the other."""
   graph, abstract_state, rest = _block_graph(arch)
@@ -222,13 +270,11 @@ def _apply_blocks(
   def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
     state = jax.tree.map(lambda leaf: leaf, abstract_state)
     nnx.replace_by_pure_dict(state, layer)
-    return nnx.merge(graph, state, rest)(x, mask_Bx1xTxT), None
+    return nnx.merge(graph, state, rest)(x, document_BxT), None
 
-  return jax.lax.scan(jax.checkpoint(body) if arch.remat else body, x_BxTxD, blocks)[0]
-
-
-def _heads(x_BxTxN: jax.Array, num_heads: int) -> jax.Array:
-  return x_BxTxN.reshape(*x_BxTxN.shape[:-1], num_heads, -1)
+  policies = {"blocks": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+  recomputed = jax.checkpoint(body, policy=policies[arch.remat]) if arch.remat in policies else body
+  return jax.lax.scan(recomputed, x_BxTxD, blocks)[0]
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -238,11 +284,11 @@ def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   return (normed * scale[None, None, :]).astype(x.dtype)
 
 
-def _rotate(x_BxTxHxC: jax.Array, base: float) -> jax.Array:
-  """Rotary positions (Su et al., arXiv:2104.09864), first half of the head paired with the second."""
+def _rotate(x_BxTxHxC: jax.Array, base: float, scale: float = 1.0) -> jax.Array:
+  """Rotary positions (Su et al., arXiv:2104.09864), first half of the head paired with the second, times `scale`."""
   half = x_BxTxHxC.shape[-1] // 2
   frequencies_C = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles_TxC = jnp.arange(x_BxTxHxC.shape[1], dtype=jnp.float32)[:, None] * frequencies_C[None, :]
-  cos, sin = jnp.cos(angles_TxC)[None, :, None, :], jnp.sin(angles_TxC)[None, :, None, :]
+  cos, sin = (scale * f(angles_TxC)[None, :, None, :] for f in (jnp.cos, jnp.sin))
   a, b = jnp.split(x_BxTxHxC.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxHxC.dtype)
