@@ -198,12 +198,14 @@ def test_norms_have_no_weight_decay():
     np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=name)
 
 
-def test_nodes_side_by_side_train_as_each_alone(rounds):
+@pytest.mark.parametrize("devices", [2, 4])
+def test_nodes_side_by_side_train_as_each_alone(rounds, devices):
+  """Two on each device, and one on each."""
   short = work_of(2, steps=3, batch_size=1, clip_norm=0.1)
   works = [work_of(0), work_of(1, steps=0), short, work_of(3, batch_size=4)]
   stack = lambda *leaves: np.stack(leaves)
   stacked = lambda tree: jax.tree.map(lambda leaf: np.stack([leaf] * 4), tree)
-  mesh = partition.make_mesh(jax.devices()[:2])
+  mesh = partition.make_mesh(jax.devices()[:devices])
   together = jax.jit(functools.partial(local.train_nodes, ARCH, config_of(), mesh))(
     stacked(start()), stacked(fresh()), jax.tree.map(stack, *works)
   )

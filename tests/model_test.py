@@ -188,15 +188,40 @@ def test_rotary_products_depend_on_the_distance_alone():
   np.testing.assert_allclose(np.linalg.norm(rotated_q, axis=-1), np.linalg.norm(query, axis=-1), rtol=1e-5)
 
 
-def test_recomputing_blocks_changes_neither_loss_nor_gradient(rounds):
-  plain, remat = small(**ONE_STACK), small(**ONE_STACK, remat="blocks")
+@pytest.mark.parametrize("remat", ["blocks", "dots"])
+def test_recomputing_blocks_changes_neither_loss_nor_gradient(rounds, remat):
+  plain, again = small(**ONE_STACK), small(**ONE_STACK, remat=remat)
   params, windows, rows = start(plain), tokens_of(2, B, T + 1), np.ones(B, bool)
   loss, gradient = loss_and_gradient(plain, params, windows, rows)
-  again, recomputed = loss_and_gradient(remat, params, windows, rows)
-  np.testing.assert_allclose(again, loss, rtol=1e-6)
+  same, recomputed = loss_and_gradient(again, params, windows, rows)
+  np.testing.assert_allclose(same, loss, rtol=1e-6)
   rounds.assert_trees_close(recomputed, gradient, atol=1e-4)
-  jaxpr = lambda arch: str(jax.make_jaxpr(lambda p: model.apply(arch, p, windows))(params))
-  assert "remat" in jaxpr(remat) and "remat" not in jaxpr(plain)
+
+
+def test_what_is_recomputed():
+  """"blocks" makes all products of a block a second time but its last, "dots" the two of attention alone."""
+  windows = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+  rows = jax.ShapeDtypeStruct((B,), bool)
+
+  def products(remat):
+    arch = small(**ONE_STACK, remat=remat)
+    gradient = jax.grad(functools.partial(model.loss_sum, arch))
+    return len(dot_dtypes(jax.make_jaxpr(gradient)(model.abstract_params(arch), windows, rows).jaxpr))
+
+  assert products("blocks") == products("none") + 7 + 2 - 1
+  assert products("dots") == products("none") + 2
+
+
+def dot_dtypes(jaxpr):
+  """Of each matrix product in a program: the dtypes of its two operands and its result."""
+  found = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      found.append(tuple(str(v.aval.dtype) for v in (*equation.invars, *equation.outvars)))
+    for value in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(value, "jaxpr", value)
+      found += dot_dtypes(inner) if hasattr(inner, "eqns") else []
+  return found
 
 
 def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
@@ -210,6 +235,17 @@ def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
   assert loss.dtype == jnp.float32 and loss != exact
   np.testing.assert_allclose(loss, exact, rtol=1e-2)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+
+
+def test_bfloat16_multiplies_no_matrices_in_float32():
+  """Forward and back, chunked or not; scores and logits come out in float32, and the head's gradient is summed in it."""
+  arch = small(**ONE_STACK, compute_dtype="bfloat16")
+  shapes = jax.ShapeDtypeStruct((B, T + 1), jnp.int32), jax.ShapeDtypeStruct((B,), bool)
+  gradient = jax.make_jaxpr(jax.grad(functools.partial(model.loss_sum, arch)))(model.abstract_params(arch), *shapes)
+  dots = dot_dtypes(gradient.jaxpr)
+  assert len(dots) == 3 * (7 + 2) + 3
+  assert {dot[:2] for dot in dots} == {("bfloat16", "bfloat16")}
+  assert sum(dot[2] == "float32" for dot in dots) == 3
 
 
 def test_loss_sum_is_the_cross_entropy_of_the_next_token():
@@ -234,12 +270,23 @@ def test_the_loss_in_chunks_is_the_loss(rounds, monkeypatch, chunk_logits):
   rounds.assert_trees_close(gradient, whole[1], 1e-5)
 
 
-def test_the_loss_never_holds_all_logits():
-  arch = small(vocab_size=4096, **ONE_STACK)
-  params, windows = model.abstract_params(arch), jax.ShapeDtypeStruct((1024, 17), jnp.int32)
-  gradient = jax.jit(jax.grad(model.loss_sum, argnums=1), static_argnums=0)
-  memory = gradient.lower(arch, params, windows, jax.ShapeDtypeStruct((1024,), bool)).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 1024 * 16 * 4096 * 4  # 256 MiB: all logits in float32
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_never_holds_all_logits(monkeypatch, dtype):
+  """At the width, vocabulary and kind of the preset `75m`; as a guard, all of them are held in a single chunk."""
+  config = dataclasses.replace(model.PRESETS["75m"](), num_layers=1, key_layer_share=0.0, compute_dtype=dtype)
+  arch = model.architecture(config, 257)
+  windows, rows = jax.ShapeDtypeStruct((64, 65), jnp.int32), jax.ShapeDtypeStruct((64,), bool)
+
+  def compiled():
+    gradient = jax.jit(lambda *args: jax.grad(model.loss_sum, argnums=1)(arch, *args))
+    return gradient.lower(model.abstract_params(arch), windows, rows).compile()
+
+  all_logits = 64 * 64 * arch.vocab_size * 4  # 788 MiB in float32
+  chunked = compiled()
+  assert f"{64 * 64},{arch.vocab_size}]" not in chunked.as_text()
+  assert chunked.memory_analysis().temp_size_in_bytes < all_logits
+  monkeypatch.setattr(transformer, "CHUNK_LOGITS", 2**60)
+  assert compiled().memory_analysis().temp_size_in_bytes > all_logits
 
 
 def test_windows_that_do_not_count_add_nothing(rounds):

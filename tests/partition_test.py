@@ -108,3 +108,22 @@ def test_a_process_has_the_nodes_on_its_own_devices(num_nodes, own):
   mesh = types.SimpleNamespace(shape={"node": 4}, devices=np.array(devices, object).reshape(4, 1, 1))
   assert partition.own_nodes(num_nodes, mesh).tolist() == [bool(i) for i in own]
   assert partition.own_nodes(num_nodes, mesh_of(4)).all()
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_per_shard_gives_each_device_its_part_where_that_divides(rows):
+  mesh, seen = partition.make_mesh(fsdp=2, tensor=2), []
+
+  def double(x):
+    seen.append(x.shape)
+    return 2 * x
+
+  def node(x):
+    spec = partition.split(partition.FSDP, x.shape[0]), partition.split(partition.TENSOR, 6, 2), None
+    return partition.per_shard(double, (spec,), spec)(x)
+
+  x = np.arange(4 * rows * 6 * 5, dtype=np.float32).reshape(4, rows, 6, 5)
+  np.testing.assert_array_equal(jax.jit(partition.per_device(jax.vmap(node), mesh))(x), 2 * x)
+  assert set(seen) == {(2 if rows == 4 else 3, 3, 5)}
+  np.testing.assert_array_equal(node(x[0]), 2 * x[0])
+  assert seen[-1] == (rows, 6, 5), "without a mesh, all of it"

@@ -152,7 +152,10 @@ def train_nodes(
   def train_share(params: model.Params, opt_state: trees.PyTree, work: Workload) -> Trained:
     most_steps = jax.lax.pmax(jnp.max(work.steps), partition.NODE) if partition.is_spread() else None
     train = functools.partial(train_node, arch, config, most_steps=most_steps)
-    return jax.vmap(train)(params, opt_state, work)
+    if work.steps.shape[0] > 1:
+      return jax.vmap(train)(params, opt_state, work)
+    # A single node is spared what vmap adds to a loop: a choice between the old and the new state at each step.
+    return jax.tree.map(lambda leaf: leaf[None], train(*trees.take((params, opt_state, work), 0)))
 
   return partition.per_device(train_share, mesh)(params, opt_state, work)
 
