@@ -238,7 +238,7 @@ def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
 
 
 def test_bfloat16_multiplies_no_matrices_in_float32():
-  """Forward and back, chunked or not; scores and logits come out in float32, and the head's gradient is summed in it."""
+  """Forward and back; scores and logits come out in float32, and the head's gradient is summed in it."""
   arch = small(**ONE_STACK, compute_dtype="bfloat16")
   shapes = jax.ShapeDtypeStruct((B, T + 1), jnp.int32), jax.ShapeDtypeStruct((B,), bool)
   gradient = jax.make_jaxpr(jax.grad(functools.partial(model.loss_sum, arch)))(model.abstract_params(arch), *shapes)
