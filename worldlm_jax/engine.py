@@ -249,17 +249,16 @@ class Engine:
     """
     counts = self._pad_host(level, np.where(mask, evaluation.counts, 0))
     score = functools.partial(scoring.score_nodes, self.arch, self.mesh)
-    found = []
+    size, found = min(self._score_batch, max(1, int(evaluation.counts.max(initial=0)))), []
     for start, rows, new in self._waves(level):
       wanted = np.where(new, counts[rows], 0)
       if not wanted.any():
         continue
       params = self._used(state, level, start, len(rows))
-      for begin in range(0, int(wanted.max()), self._score_batch):
-        here = np.clip(wanted - begin, 0, self._score_batch).astype(np.int32)
-        batch = evaluation.take(rows, begin, here, self._score_batch)
-        arguments = params, *self._put((batch, here), self.mesh)
-        found.append((rows, self._call(("score", len(rows)), score, *arguments, donate=False, logs=False)))
+      for begin in range(0, int(wanted.max()), size):
+        here = np.clip(wanted - begin, 0, size).astype(np.int32)
+        arguments = params, *self._put((evaluation.take(rows, begin, here, size), here), self.mesh)
+        found.append((rows, self._call(("score", len(rows), size), score, *arguments, donate=False, logs=False)))
     return found
 
   def _waves(self, level: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
