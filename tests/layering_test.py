@@ -15,10 +15,11 @@ PACKAGE = Path(worldlm_jax.__file__).parent
 LAYERS = (
   ("trees", "checks", "plain"),
   ("config", "rngs", "validation"),
-  ("model", "data", "federation", "partition", "metrics", "progress", "signals", "tree_sources", "watching", "links"),
+  ("model", "data", "distributed", "federation", "links", "partition", "metrics", "progress", "signals",
+   "tree_sources", "watching"),
   ("local", "exchange", "scoring", "schedule"),
   ("state", "algorithms", "oracle"),
-  ("checkpoint", "engine", "fairness", "feed", "matrix", "records", "train", "workdir"),
+  ("checkpoint", "engine", "fairness", "feed", "ledger", "matrix", "records", "texts", "train", "workdir"),
   ("comparison", "comparison_tables", "entries", "verdicts"),
   ("reporting",),
   ("command", "main", "compare", "prepare", "report", "evaluate", "export", "generate", "tokenizer"),

@@ -1,13 +1,16 @@
 """Checkpoints of a whole federation with Orbax: asynchronous, strict, checked for damage.
 
-A checkpoint holds the state of every node (ghosts left out, so that it can be restored onto another
-number of devices) and a JSON record of where the run stands, with a checksum of the arrays: Orbax does
-not notice a flipped bit. Once it is complete, the sizes of its files are noted beside it, so that
-missing and cut files are found before Orbax stumbles over them.
+A checkpoint holds the state of every node, each process writing and reading its own shards, and a JSON record of where
+the run stands. It can be restored onto another number of devices or processes and another mesh: ghosts are cut off or
+added at the end of the node axis. The record has a checksum of the arrays without ghosts, since Orbax does not notice a
+flipped bit. Once the checkpoint is complete, the sizes of its files are noted beside it, so that missing and cut files
+are found before Orbax stumbles over them.
 """
 
 import contextlib
+import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from worldlm_jax import checks, config as config_lib, metrics, partition
+from worldlm_jax import checks, config as config_lib, distributed, metrics
 from worldlm_jax.config import CheckpointConfig
 from worldlm_jax.federation import Federation
 from worldlm_jax.state import State
@@ -41,8 +44,9 @@ class Checkpoints:
   """
 
   def __init__(self, folder: Path, config: CheckpointConfig, federation: Federation, mesh: jax.sharding.Mesh):
-    self.folder, self._mesh = folder, mesh
+    self.folder = folder
     self._sizes = [len(level) for level in federation.levels]
+    self._whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     best = preservation_policy.BestN(
       get_metric_fn=lambda scores: scores["loss_nats"], reverse=True, n=config.keep_best,
       keep_checkpoints_without_metrics=False,
@@ -57,11 +61,10 @@ class Checkpoints:
     return number in self._manager.all_steps()
 
   def save(self, number: int, state: State, record: dict[str, Any], loss_nats: float | None) -> None:
-    """Begins to save; returns once the arrays are copied. Failures surface here or in `wait`."""
+    """Begins to save; returns once the arrays are copied. Failures surface here or in `wait`. Collective."""
     self.wait()
-    arrays = self._without_ghosts(state)
-    record = record | {"checksum": _checksum(arrays), "structure": _structure(arrays)}
-    items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
+    record = record | {"checksum": self._checksum(state), "structure": self._structure(state)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(list(state)), record=ocp.args.JsonSave(record))
     self._explained(lambda: self._manager.save(
       number, args=items, metrics=None if loss_nats is None else {"loss_nats": loss_nats}, force=True
     ))
@@ -69,7 +72,7 @@ class Checkpoints:
   def wait(self) -> None:
     """Returns when everything is on disk."""
     self._explained(self._manager.wait_until_finished)
-    for number in self._manager.all_steps():
+    for number in self._manager.all_steps() if distributed.is_lead() else ():
       note = self.folder / str(number) / SIZES
       if not note.exists():
         metrics.write_json(note, _sizes(note.parent))
@@ -91,10 +94,11 @@ class Checkpoints:
     Raises:
       ValueError: all checkpoints are damaged, or one holds another kind of state (it is left alone).
     """
-    numbers = sorted(self._manager.all_steps(), reverse=True)
+    numbers = sorted(distributed.gather(list(self._manager.all_steps()))[0], reverse=True)
     for number in numbers:
+      found, failures = None, []
       try:
-        return self._restore(number, abstract)
+        found = self._restore(number, abstract)
       except _AnotherStructure as error:
         checks.fail("checkpoint", str(self.folder / str(number)), f"the arrays of this version's state ({error})",
                     "resume with the version that wrote it (config.json names it), or start afresh with --overwrite")
@@ -103,41 +107,59 @@ class Checkpoints:
       except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
           raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        damaged = self.folder.parent / "damaged"
-        damaged.mkdir(exist_ok=True)
-        target = damaged / f"{number}.{len(list(damaged.glob(f'{number}.*')))}"
-        shutil.move(self.folder / str(number), target)
-        self._manager.reload()
-        say(f"checkpoint {number} is damaged ({reason}); moved to {target}, falling back to the one before it")
+        failures = [(str(error).splitlines() or [type(error).__name__])[0][:160]]
+      failures = [reason for said in distributed.gather(failures) for reason in said]
+      if found is not None and not failures and self._checksum(found.state) != found.record.pop("checksum"):
+        failures = ["the arrays do not have the checksum they were saved with"]
+      if found is not None and not failures:
+        return found
+      target = self._set_aside(number)
+      say(f"checkpoint {number} is damaged ({failures[0]}); moved to {target}, falling back to the one before it")
     checks.require(not numbers, "checkpoints", str(self.folder), "at least one that is intact",
                    "start afresh with --overwrite")
     return None
 
   def _restore(self, number: int, abstract: State) -> Restored:
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    arrays = [
-      jax.tree.map(lambda leaf, n=n: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype, sharding=host), level)
-      for n, level in zip(self._sizes, abstract, strict=True)
-    ]
     folder = self.folder / str(number)
     if (note := folder / SIZES).exists() and json.loads(note.read_text()) != _sizes(folder):
       raise ValueError("files are missing or cut short")
     record = dict(self._manager.restore(number, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
-    saved, wanted = record.pop("structure"), _structure(arrays)
+    saved, wanted = record.pop("structure"), self._structure(abstract)
     if saved != wanted:
       raise _AnotherStructure("; ".join(config_lib.differences(saved, wanted)[:3]))
-    found = self._manager.restore(number, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays)))
-    if _checksum(found.state) != record.pop("checksum"):
-      raise ValueError("the arrays do not have the checksum they were saved with")
-    nodes = partition.node_sharding(self._mesh)
-    state = jax.tree.map(
-      lambda leaf: jax.device_put(partition.pad_nodes(np.asarray(leaf), self._mesh), nodes), list(found.state)
-    )
-    return Restored(tuple(state), record)
+    # Not strict: the node axis is cut or filled up with zeros to the number of rows that this mesh wants.
+    arrays = ocp.args.StandardRestore(list(abstract), strict=False)
+    found = self._manager.restore(number, args=ocp.args.Composite(state=arrays))
+    return Restored(tuple(found.state), record)
 
-  def _without_ghosts(self, state: State) -> list[Any]:
-    return [jax.tree.map(lambda leaf, n=n: leaf[:n], level) for n, level in zip(self._sizes, state, strict=True)]
+  def _set_aside(self, number: int) -> Path:
+    """Moves a checkpoint to `damaged/`. Collective."""
+    damaged = self.folder.parent / "damaged"
+    with distributed.agreed():
+      target = damaged / f"{number}.{len(list(damaged.glob(f'{number}.*')))}"
+      if distributed.is_lead():
+        damaged.mkdir(exist_ok=True)
+        shutil.move(self.folder / str(number), target)
+    self._manager.reload()
+    return target
+
+  def _structure(self, state: State) -> dict[str, str]:
+    """The shape, without ghosts, and the type of every array, by its place in the state."""
+    leaves = [
+      jax.tree.map(lambda leaf, n=n: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), level)
+      for n, level in zip(self._sizes, state, strict=True)
+    ]
+    return {
+      jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+      for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)
+    }
+
+  def _checksum(self, state: State) -> str:
+    """Of all arrays; see `_checksum_of_leaf`. Waits for the devices; collective."""
+    sizes = [n for n, level in zip(self._sizes, state, strict=True) for _ in jax.tree.leaves(level)]
+    checksum = _checksum_of_leaf(self._whole)
+    sums = jax.device_get([checksum(leaf, n) for leaf, n in zip(jax.tree.leaves(state), sizes, strict=True)])
+    return np.asarray(sums, "<u4").tobytes().hex()
 
   def _explained(self, action: Callable[[], Any]) -> None:
     try:
@@ -158,24 +180,20 @@ def _sizes(folder: Path) -> dict[str, int]:
   return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
-def _structure(arrays: Any) -> dict[str, str]:
-  """The shape and type of every array, by its place in the state."""
-  leaves = jax.tree_util.tree_leaves_with_path(arrays)
-  return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+@functools.cache
+def _checksum_of_leaf(whole: jax.sharding.Sharding) -> Callable[[jax.Array, int], jax.Array]:
+  """Of an array, sum_i bits_i * (2 i + 1) modulo 2^32 over its first rows: any single changed element changes it.
 
+  `i` counts through the array in row-major order. Each device sums up its own shards, without moving them.
+  """
 
-@jax.jit
-def _leaf_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-  """Of each array, sum_i bits_i * (2 i + 1) modulo 2^32: any single changed element changes it."""
+  def checksum(leaf: jax.Array, rows: int) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32) if leaf.dtype.itemsize == 4 else leaf.astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis in range(leaf.ndim):
+      stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
+      place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+    real = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, 0) < rows
+    return jnp.sum(jnp.where(real, bits * (2 * place + 1), 0), dtype=jnp.uint32)
 
-  def one(leaf: jax.Array) -> jax.Array:
-    flat = leaf.ravel()
-    bits = jax.lax.bitcast_convert_type(flat, jnp.uint32) if flat.dtype.itemsize == 4 else flat.astype(jnp.uint32)
-    return jnp.sum(bits * (2 * jnp.arange(flat.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-  return [one(leaf) for leaf in leaves]
-
-
-def _checksum(arrays: Any) -> str:
-  sums = jax.device_get(_leaf_checksums(jax.tree.leaves(arrays)))
-  return np.asarray(sums, "<u4").tobytes().hex()
+  return jax.jit(checksum, out_shardings=whole)

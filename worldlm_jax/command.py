@@ -1,5 +1,6 @@
 """What the commands share: the flags that name an experiment, how mistakes in them end, and the exit codes."""
 
+import os
 import sys
 
 import jax
@@ -7,9 +8,12 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from worldlm_jax import checks, config as config_lib, federation, validation
+from worldlm_jax.data import cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File whose get_config() returns a worldlm_jax Config.")
 NODE = flags.DEFINE_multi_string("node", [], "PATH.FIELD=VALUE: a node's own setting, inherited by all below it.")
+
+LEAST_SECONDS_TO_KEEP = 0.2  # that compiling takes, for a program to be worth a file
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 
@@ -30,6 +34,14 @@ def parse_flags(argv: list[str], config_type: type = config_lib.Config) -> list[
   except (flags.Error, ValueError, OSError, KeyError) as error:  # a KeyError: a field of another kind of source
     print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
     sys.exit(BAD_INPUT)
+
+
+def keep_compiled() -> None:
+  """Has JAX keep compiled programs in the user's cache folder, for the next run; its own variables come first."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", str(cache.user_folder() / "compiled"))
+  if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS_TO_KEEP)
 
 
 def configured() -> config_lib.Config:

@@ -27,6 +27,7 @@ _ONLY = flags.DEFINE_list("only", [], "Names of the entries to run; empty: all o
 def main(_: list[str]) -> int:
   """Runs the comparison of the flags and returns the exit code."""
   called = shlex.join(["python", "-m", "worldlm_jax.compare", *sys.argv[1:]])
+  command.keep_compiled()
   try:
     content = comparison.run(command.compared(), str(_WORKDIR.value), only=_ONLY.value, overwrite=_OVERWRITE.value,
                              command=called, reporters=progress.for_stdout)

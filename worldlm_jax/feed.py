@@ -10,7 +10,6 @@ import numpy as np
 from worldlm_jax import local, schedule
 from worldlm_jax.config import Config
 from worldlm_jax.data.batches import NodeBatches, NodeText, PooledBatches
-from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.federation import Federation
 
 
@@ -51,25 +50,20 @@ def workload(
 
 
 def batches(federation: Federation, texts: Mapping[str, NodeText], seed: int) -> dict[str, NodeBatches | PooledBatches]:
-  """The batches of every node that has a text here, and of a root that trains on everybody's."""
+  """The batches of every node that has a text here, and of a root that trains on everybody's if all are here."""
   own = {
     m.path: NodeBatches(texts[m.path].train, m.settings.batch_size, seed, m.path)
     for m in federation.members if m.path in texts
   }
-  if not federation.is_pooled:
+  if not federation.is_pooled or not own.keys() >= set(federation.root.pools):
     return dict(own)
   parts = [(own[path], federation.by_path[path].settings.local_steps) for path in federation.root.pools]
   return own | {federation.root.path: PooledBatches(parts, federation.root.settings.batch_size)}
 
 
-def text_tokens(texts: Mapping[str, NodeText]) -> dict[str, int]:
-  """How much text each node has to train on, by path."""
-  return {path: text.text.splits["train"].counts.tokens for path, text in texts.items()}
-
-
 def workloads(
-  config: Config, federation: Federation, texts: Mapping[str, NodeText], rounds: Sequence[Sequence[schedule.Step]],
-  begin: tuple[int, int], positions: Mapping[str, int],
+  config: Config, federation: Federation, texts: Mapping[str, NodeText], tokens: Mapping[str, int],
+  rounds: Sequence[Sequence[schedule.Step]], begin: tuple[int, int], positions: Mapping[str, int],
 ) -> Iterator[local.Workload]:
   """What remains to be trained on, in order.
 
@@ -77,11 +71,12 @@ def workloads(
     config: a validated config.
     federation: the tree.
     texts: by path, of nodes whose devices are this process's.
+    tokens: how much text each node has to train on, by path, wherever it is.
     rounds: the steps of all rounds.
     begin: the first round, and the first of its steps, that remain.
     positions: how many steps each node has made so far; one that is not there has made none.
   """
-  sources, tokens = batches(federation, texts, config.seed), text_tokens(texts)
+  sources = batches(federation, texts, config.seed)
   totals = dict.fromkeys(federation.by_path, 0)
   for stage in schedule.stages(federation, config.schedule):
     for path, count in schedule.steps_per_round(federation, stage).items():
@@ -111,16 +106,6 @@ def workload_shape(
   batch = max((settings.batch_size for settings in training), default=1)
   micro = min(microbatch_size, batch) or batch
   return steps, -(-batch // micro) * micro, sequence_length + 1
-
-
-def evaluations(
-  federation: Federation, texts: Mapping[str, NodeText], split: str, count: int, sequence_length: int
-) -> list[Evaluation]:
-  """Per level, `count` windows of each node's split (0: all), the same every time."""
-  return [
-    Evaluation([getattr(texts[m.path], split) if m.path in texts else None for m in level], count, sequence_length + 1)
-    for level in federation.levels
-  ]
 
 
 class Feed:

@@ -4,8 +4,12 @@
   python -m worldlm_jax.main --config=configs/folder.py --config.federation.folder=PATH --workdir=DIR \\
       --config.rounds=20 --node=law/eu.local_steps=40
 
-The same command again resumes. Exit codes: 0 finished, 1 stopped by an error in the run, 2 bad input,
-75 interrupted with everything saved.
+Several processes, on as many machines, train together: start the same command in each, with --distributed where JAX
+finds the cluster by itself (TPU pods, Slurm, ...), or else with --coordinator=HOST:PORT --num_processes=N
+--process_id=I. All of them must see --workdir.
+
+The same command again resumes, also with other numbers of processes and devices. Exit codes: 0 finished, 1 stopped by
+an error in the run, 2 bad input, 75 interrupted with everything saved.
 """
 
 import sys
@@ -13,23 +17,30 @@ import sys
 import jax
 from absl import app, flags
 
-from worldlm_jax import checks, command, progress, train
+from worldlm_jax import checks, command, distributed, progress, train
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh where the folder holds a run.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster that JAX finds itself.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join the others there.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which of them this is, from 0.")
 
 
 def main(_: list[str]) -> int:
   """Runs the experiment of the flags and returns the exit code."""
   reporter = progress.for_stdout()
   try:
+    distributed.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    command.keep_compiled()
     summary = train.run(command.configured(), str(_WORKDIR.value), overwrite=_OVERWRITE.value, reporter=reporter)
   except train.Interrupted as stop:
     print(stop, file=sys.stderr)
     return command.INTERRUPTED
   except (checks.InputError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
-    return command.failed(error)
-  print(progress.closing_lines(summary, str(_WORKDIR.value)))
+    return distributed.leave(command.failed(error))
+  if distributed.is_lead():
+    print(progress.closing_lines(summary, str(_WORKDIR.value)))
   return command.OK
 
 

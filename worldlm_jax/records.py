@@ -110,7 +110,7 @@ class Exchanges:
     self, rows: Rows, level: int, active: np.ndarray, members_active: np.ndarray, topology: state_lib.Topology,
     log: Mapping[str, Any], present: Mapping[int, np.ndarray],
   ) -> None:
-    """Adds an up-phase; `present[j]` says which residual layers level j's federations hold, `[n, R, M]`."""
+    """Adds an up-phase; `present[j]` says which residual layers level j's federations hold, `[N, R, M]`."""
     federation = self._federation
     for i, member in enumerate(federation.levels[level]):
       if not active[i]:
@@ -132,17 +132,14 @@ class Exchanges:
   def _residuals_below(self, path: str, present: Mapping[int, np.ndarray]) -> int:
     inside = {m.path for m in self._federation.subtree(path)}
     return sum(
-      int(flags[i].sum())
+      int(np.sum(flags[i]))
       for j, flags in present.items() for i, m in enumerate(self._federation.levels[j]) if m.path in inside
     )
 
 
-def present_residuals(state: state_lib.State, federation: Federation) -> dict[int, np.ndarray]:
-  """Which residual layers the federations of each level hold: bool `[n, R, M]` by level."""
-  return {
-    level: np.asarray(own.residuals.present)[: len(federation.levels[level])]
-    for level, own in enumerate(state) if own.residuals is not None
-  }
+def present_residuals(state: state_lib.State) -> dict[int, jax.Array]:
+  """Which residual layers the federations of each level hold: bool `[N, R, M]` by level, ghosts included."""
+  return {level: own.residuals.present for level, own in enumerate(state) if own.residuals is not None}
 
 
 def summary(

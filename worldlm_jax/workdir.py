@@ -66,7 +66,7 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
                  "config.json"):
       (workdir / name).unlink(missing_ok=True)
   elif there:
-    found = config_lib.differences(_comparable(there), _comparable(description))
+    found = config_lib.differences(comparable(there), comparable(description))
     checks.require(not found, "--workdir", str(workdir), "a new folder or one that holds a run of this configuration",
                    f"it differs in: {'; '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}. "
                    "Choose another folder, or start afresh with --overwrite")
@@ -112,7 +112,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
   return content if isinstance(content, dict) and {"config", "nodes", "versions"} <= content.keys() else None
 
 
-def _comparable(description: dict[str, Any]) -> dict[str, Any]:
+def comparable(description: dict[str, Any]) -> dict[str, Any]:
   """What two runs must have in common.
 
   Not where the tree came from, since the nodes say it all: folders may move as long as the tokens of the text,

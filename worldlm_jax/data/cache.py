@@ -61,6 +61,11 @@ def folder(data: config.DataConfig) -> Path:
   """Where tokenised texts are kept."""
   if data.cache:
     return Path(data.cache).expanduser()
+  return user_folder()
+
+
+def user_folder() -> Path:
+  """Where this package keeps what it can make again, unless it is told otherwise."""
   return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "worldlm_jax"
 
 

@@ -18,22 +18,30 @@ class Duplicates(NamedTuple):
   documents: int
 
 
-def find(texts: Mapping[str, cache.Text]) -> list[Duplicates]:
-  """All exact duplicates of valid and test documents, by the nodes' paths; each pair of splits once."""
-  scored = [(path, split) for path in texts for split in ("valid", "test")]
-  hashes = [texts[path].splits[split].hashes for path, split in scored]
-  if not hashes:
+def find(
+  texts: Mapping[str, cache.Text], scored: Mapping[tuple[str, str], np.ndarray] | None = None
+) -> list[Duplicates]:
+  """All exact duplicates of valid and test documents, by the nodes' paths; each pair of splits once.
+
+  Args:
+    texts: where to look for them.
+    scored: the documents to look for, as sorted digests by path and split; those of `texts` if None.
+  """
+  if scored is None:
+    scored = {(path, split): texts[path].splits[split].hashes for path in texts for split in ("valid", "test")}
+  places = list(scored)
+  if not places:
     return []
-  every = np.concatenate(hashes)
-  owner = np.repeat(np.arange(len(hashes)), [len(part) for part in hashes])
+  every = np.concatenate([scored[place] for place in places])
+  owner = np.repeat(np.arange(len(places)), [len(scored[place]) for place in places])
   found = []
   for path, text in texts.items():
     for name, split in text.splits.items():
-      place = np.minimum(np.searchsorted(split.hashes, every), len(split.hashes) - 1)
-      counts = np.bincount(owner[split.hashes[place] == every], minlength=len(scored))
+      where = np.minimum(np.searchsorted(split.hashes, every), len(split.hashes) - 1)
+      counts = np.bincount(owner[split.hashes[where] == every], minlength=len(places))
       # Two scored splits find each other; the first of them reports it, and none finds itself.
-      last = scored.index((path, name)) if name != "train" else len(scored)
-      found += [Duplicates(*scored[i], path, name, int(counts[i])) for i in np.flatnonzero(counts[:last])]
+      last = places.index((path, name)) if name != "train" else len(places)
+      found += [Duplicates(*places[i], path, name, int(counts[i])) for i in np.flatnonzero(counts[:last])]
   return found
 
 

@@ -8,16 +8,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from worldlm_jax.data.windows import Windows, evenly_spaced
+from worldlm_jax.data.windows import Given, Windows, evenly_spaced
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
-  """`count` windows of each node of a level, spread over its text; 0 means all. None stands for no text."""
+  """`count` windows of each node of a level, spread over its text; 0 means all. None stands for no text here.
 
-  windows: Sequence[Windows | None]  # by node
+  Of a node whose text another process has, `elsewhere` says how many windows there are and how many tokens they
+  predict; here they are zeros.
+  """
+
+  windows: Sequence[Windows | Given | None]  # by node
   count: int
   width: int  # W
+  elsewhere: Sequence[tuple[int, int]] = ()  # by node; empty where there is only one process
   _chosen: tuple[np.ndarray, ...] = dataclasses.field(init=False, repr=False)
 
   def __post_init__(self) -> None:
@@ -28,7 +33,11 @@ class Evaluation:
   @property
   def counts(self) -> np.ndarray:
     """How many windows each node has: int32 [n]."""
-    return np.array([len(chosen) for chosen in self._chosen], np.int32)
+    here = np.array([len(chosen) for chosen in self._chosen], np.int32)
+    if not self.elsewhere:
+      return here
+    is_here = [windows is not None for windows in self.windows]
+    return np.where(is_here, here, np.array([count for count, _ in self.elsewhere], np.int32))
 
   def take(self, rows: np.ndarray, begin: int, counts: np.ndarray, size: int) -> np.ndarray:
     """Windows `begin` to `begin + counts[i] - 1` of node `rows[i]`, filled up with zeros: int32 [R, E=size, W].
@@ -37,7 +46,7 @@ class Evaluation:
     """
     batch_RxExW = np.zeros((len(rows), size, self.width), np.int32)
     for i, row in enumerate(rows):
-      for e in range(counts[i]):
+      for e in range(counts[i]) if row < len(self.windows) and self.windows[row] is not None else ():
         batch_RxExW[i, e] = self._window(int(row), begin + e)
     return batch_RxExW
 
@@ -49,7 +58,9 @@ class Evaluation:
   def num_targets(self, node: int) -> int:
     """How many tokens a node's windows predict."""
     windows = self.windows[node]
-    if windows is None or windows.starts is None:
+    if windows is None:
+      return self.elsewhere[node][1] if self.elsewhere else 0
+    if isinstance(windows, Windows) and windows.starts is None:
       return len(self._chosen[node]) * (self.width - 1)
     return sum(windows.num_targets(int(index)) for index in self._chosen[node])
 

@@ -4,6 +4,7 @@ Shape suffixes: W windows, L predicted tokens per window.
 """
 
 import dataclasses
+from collections.abc import Sized
 
 import numpy as np
 
@@ -65,7 +66,24 @@ class Windows:
     return start, min(self.length, last - start)
 
 
-def evenly_spaced(windows: Windows, count: int) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Given:
+  """Windows that are there as an array, of a text that another process may have."""
+
+  windows_WxL: np.ndarray  # int32 [W, L+1]
+
+  def __len__(self) -> int:
+    return len(self.windows_WxL)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    return self.windows_WxL[index]
+
+  def num_targets(self, index: int) -> int:
+    """How many tokens window `index` predicts."""
+    return int(np.sum(self.windows_WxL[index, 1:] != PADDING))
+
+
+def evenly_spaced(windows: Sized, count: int) -> np.ndarray:
   """The numbers of the same `count` windows every time, spread over the whole stream: int64 [W]; 0 means all.
 
   W is `count`, or the number of windows where there are fewer.
