@@ -43,10 +43,9 @@ class Checkpoints:
   Kept are the last `keep_last` and the `keep_best` with the lowest loss among those that have one.
   """
 
-  def __init__(self, folder: Path, config: CheckpointConfig, federation: Federation, mesh: jax.sharding.Mesh):
+  def __init__(self, folder: Path, config: CheckpointConfig, federation: Federation):
     self.folder = folder
     self._sizes = [len(level) for level in federation.levels]
-    self._whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     best = preservation_policy.BestN(
       get_metric_fn=lambda scores: scores["loss_nats"], reverse=True, n=config.keep_best,
       keep_checkpoints_without_metrics=False,
@@ -155,11 +154,18 @@ class Checkpoints:
     }
 
   def _checksum(self, state: State) -> str:
-    """Of all arrays; see `_checksum_of_leaf`. Waits for the devices; collective."""
-    sizes = [n for n, level in zip(self._sizes, state, strict=True) for _ in jax.tree.leaves(level)]
-    checksum = _checksum_of_leaf(self._whole)
-    sums = jax.device_get([checksum(leaf, n) for leaf, n in zip(jax.tree.leaves(state), sizes, strict=True)])
-    return np.asarray(sums, "<u4").tobytes().hex()
+    """Of all arrays, without ghosts; see `_shard_checksums`. Waits for the devices; collective."""
+    found = [
+      (leaf, _shard_checksums(leaf.sharding)(leaf, np.int32(n)))
+      for n, level in zip(self._sizes, state, strict=True) for leaf in jax.tree.leaves(level)
+    ]
+    sums = []
+    for leaf, of_device in found:
+      first = {shard.device for shard in leaf.addressable_shards if shard.replica_id == 0}
+      shards = jax.device_get([shard.data for shard in of_device.addressable_shards if shard.device in first])
+      sums.append(sum(int(value[0]) for value in shards))
+    total = np.array(distributed.gather(sums), np.uint64).sum(axis=0) % 2**32
+    return np.asarray(total, "<u4").tobytes().hex()
 
   def _explained(self, action: Callable[[], Any]) -> None:
     try:
@@ -181,19 +187,28 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 @functools.cache
-def _checksum_of_leaf(whole: jax.sharding.Sharding) -> Callable[[jax.Array, int], jax.Array]:
-  """Of an array, sum_i bits_i * (2 i + 1) modulo 2^32 over its first rows: any single changed element changes it.
+def _shard_checksums(sharding: jax.sharding.NamedSharding) -> Callable[[jax.Array, Any], jax.Array]:
+  """What each device's shard of an array adds to sum_i bits_i * (2 i + 1) modulo 2^32 over the array's first rows.
 
-  `i` counts through the array in row-major order. Each device sums up its own shards, without moving them.
+  `i` counts through the whole array in row-major order: any single changed element changes the sum. Takes the array and
+  how many rows count, gives uint32 `[devices]`. Nothing is moved between devices.
   """
+  mesh = sharding.mesh
 
-  def checksum(leaf: jax.Array, rows: int) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32) if leaf.dtype.itemsize == 4 else leaf.astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis in range(leaf.ndim):
-      stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
-      place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
-    real = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, 0) < rows
-    return jnp.sum(jnp.where(real, bits * (2 * place + 1), 0), dtype=jnp.uint32)
+  def checksum(shard: jax.Array, rows: Any) -> jax.Array:
+    spread = [(axes,) if isinstance(axes, str) else axes or () for axes in sharding.spec]
+    spread += [()] * (shard.ndim - len(spread))
+    shape = [size * math.prod(mesh.shape[a] for a in axes) for size, axes in zip(shard.shape, spread, strict=True)]
+    bits = jax.lax.bitcast_convert_type(shard, jnp.uint32) if shard.dtype.itemsize == 4 else shard.astype(jnp.uint32)
+    place, row = jnp.zeros(shard.shape, jnp.uint32), jnp.zeros(shard.shape, jnp.int32)
+    for axis in range(shard.ndim):
+      begin = jax.lax.axis_index(spread[axis]) * shard.shape[axis] if spread[axis] else 0
+      index = begin + jax.lax.broadcasted_iota(jnp.int32, shard.shape, axis)
+      row = row if axis else index
+      place += index.astype(jnp.uint32) * jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+    return jnp.sum(jnp.where(row < rows, bits * (2 * place + 1), 0), dtype=jnp.uint32)[None]
 
-  return jax.jit(checksum, out_shardings=whole)
+  every = jax.sharding.PartitionSpec(tuple(mesh.axis_names))
+  nothing = jax.sharding.PartitionSpec()
+  return jax.jit(jax.shard_map(checksum, mesh=mesh, in_specs=(sharding.spec, nothing), out_specs=every,
+                               check_vma=False))

@@ -94,7 +94,7 @@ class _Run:
       places = len(schedule.round_steps(self.federation, stage))
       checks.require(places < PLACES_PER_ROUND, "rounds_per_parent_round", places, f"fewer than {PLACES_PER_ROUND} "
                      "phases in one round of the root", "repeat less often further down the tree")
-    self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, self.federation, self.mesh)
+    self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, self.federation)
     self.valid = self.texts.evaluations("valid", config.evaluation.valid_windows, length)
     self.test = self.texts.evaluations("test", config.evaluation.test_windows, length)
     now, self.state = self._restore_or_begin(abstract)
