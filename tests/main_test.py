@@ -212,7 +212,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_for_good(tmp_path: Path) -> Non
                "--node=medicine.learning_rate=1e30"]
   message = _refused(1, *arguments)
   # The first step would throw the parameters so far away that their norm overflows.
-  assert re.match("error: .*step is not finite.* at node 'medicine', round 1, step 1 of the node's own; ", message)
+  assert re.match("error: .*step is not finite.* at node 'medicine', round 1, step 1 of the node's own "
+                  r"\(not taken: the node stayed as it was before it\); this was noticed (in|after) round 1, ", message)
   assert f"saved in {workdir / 'checkpoints'}" in message
   assert "(--node=medicine.learning_rate=...)" in message and "start afresh with --overwrite" in message
   assert len(list((workdir / "checkpoints").glob("*/state"))) == 1

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from worldlm_jax import checkpoint, config as config_lib, metrics, model, progress, train, trees
+from worldlm_jax.data import batches
 
 ROUNDS = 3
 
@@ -255,6 +256,30 @@ def test_a_checkpoint_of_another_version_is_refused_and_left_alone(texts, finish
   assert newest.is_dir()
 
 
+class Order(progress.Silent):
+  """Keeps what it is told of rounds, and when."""
+
+  def __init__(self):
+    self.told = []
+
+  def phase(self, round_index, text, fraction):
+    self.told.append(("phase", round_index))
+
+  def round(self, round_index, rows, seconds):
+    self.told.append(("round", round_index))
+
+
+def test_rounds_are_handed_out_before_what_came_of_the_last_is_known(texts, finished, tmp_path):
+  config, order = tiny_run(texts), Order()
+  config.checkpoint.every_rounds = ROUNDS
+  train.run(config, tmp_path / "run", reporter=order)
+  for index in range(ROUNDS - 1):
+    assert order.told.index(("phase", index + 1)) < order.told.index(("round", index))
+  assert [index for kind, index in order.told if kind == "round"] == list(range(ROUNDS))
+  assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+  assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(ROUNDS * train.PLACES_PER_ROUND)]
+
+
 def test_a_finished_run_is_not_run_again(texts, finished):
   listener = Listener()
   before = (finished / "summary.json").stat().st_mtime_ns
@@ -280,12 +305,15 @@ def test_a_full_disk_is_said_and_loses_nothing(texts, finished, tmp_path, monkey
 
 
 def test_a_bad_model_received_stops_the_run_for_good(texts, tmp_path):
-  """At the first phase of a round, whose place the round before has saved already."""
+  """It is noticed some phases later, and the state then is saved."""
   config = tiny_run(texts)
   config.backbone.server_learning_rate = 1e30
   for _ in range(2):  # running it again says the same
-    with pytest.raises(FloatingPointError, match=r"valid loss as received is (nan|inf) at node .*server_learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"valid loss as received is (nan|inf) at node .*, round 2; this was "
+                       r"noticed (in|after) round 2, and the state then is saved in .*server_learning_rate"):
       train.run(config, tmp_path / "run")
+  newest = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+  assert train.PLACES_PER_ROUND < newest <= 2 * train.PLACES_PER_ROUND
   train.run(tiny_run(texts), tmp_path / "run", overwrite=True)
   assert not (tmp_path / "run" / "stopped.json").exists()
 
@@ -433,14 +461,14 @@ def test_watchers_see_each_round_and_are_closed_whatever_happens(texts, finished
 
 
 def test_a_nodes_own_limit_reaches_its_text(texts, tmp_path, monkeypatch):
-  config, loaded, load = tiny_run(texts), {}, train.batches_lib.load
+  config, loaded, load = tiny_run(texts), {}, batches.load
   config.federation.overrides = {"a": {"max_train_bytes": "300"}, "a/q": {"max_train_bytes": 200}}
 
   def load_and_stop(*arguments):
     loaded.update(load(*arguments))
     raise InterruptedError
 
-  monkeypatch.setattr(train.batches_lib, "load", load_and_stop)
+  monkeypatch.setattr(batches, "load", load_and_stop)
   with pytest.raises(InterruptedError):
     train.run(config, tmp_path / "run")
   sizes = {path: text.text.splits["train"].counts.text_bytes for path, text in loaded.items()}
