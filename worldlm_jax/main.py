@@ -37,7 +37,9 @@ def main(_: list[str]) -> int:
   except train.Interrupted as stop:
     print(stop, file=sys.stderr)
     return command.INTERRUPTED
-  except (checks.InputError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
+  except (checks.InputError, FloatingPointError) as error:  # all processes meet the same
+    return command.failed(error)
+  except (OSError, jax.errors.JaxRuntimeError) as error:
     return distributed.leave(command.failed(error))
   if distributed.is_lead():
     print(progress.closing_lines(summary, str(_WORKDIR.value)))
