@@ -141,7 +141,7 @@ def test_two_processes_train_as_one_and_read_their_own_nodes_alone(
   _assert_close(_results(workdir), _results(alone))
   found = [(d["node"], d["also_in_node"], d["also_in_split"]) for d in _results(workdir)[1]["duplicates"]]
   assert found == [("n5", "n1", "train")]
-  for line in ("4 device(s) of 2 processes", "1 test document(s) of n5 are also in the training text of n1",
+  for line in ("4 devices (node=4) of 2 processes", "1 test document(s) of n5 are also in the training text of n1",
                f"round {ROUNDS}/{ROUNDS}", "test split"):
     assert line in lead and line not in other
 

@@ -45,7 +45,7 @@ class Engine:
     text_tokens: how much text each node with data has to train on, by path.
     validation: per level, int32 `[n, E, W]` validation batches and int32 `[n]` counts, for algorithms
       that look at them (`needs_validation`).
-    home: where the nodes' state lies while they wait, and where they meet; `mesh` itself if None.
+    home: where the nodes' state lies while they wait, and where they meet; as `config.waiting` says if None.
   """
 
   def __init__(
@@ -56,9 +56,10 @@ class Engine:
     self.config, self.federation, self.arch, self.mesh = config, federation, arch, mesh
     self.home, self._lanes = home or mesh, mesh.shape[partition.NODE]
     self.algorithm = algorithm
-    self.topologies = [
-      state_lib.topology(federation, level, mesh, self.home) for level in range(len(federation.levels))
-    ]
+    self.topologies = self._topologies()
+    if home is None:
+      self.home = partition.choose_home(config.waiting, trees.num_bytes(self.abstract_state()), mesh)
+      self.topologies = self._topologies()
     self.validation = validation
     self._text_tokens = text_tokens
     self._epochs = schedule.epochs(config, federation, text_tokens)
@@ -72,6 +73,10 @@ class Engine:
     self._nodes = [self._constants(level) for level in range(len(federation.levels))]
     self.compile_seconds = 0.0
     self._compiled: dict[tuple, Callable] = {}
+
+  def _topologies(self) -> list[state_lib.Topology]:
+    levels = range(len(self.federation.levels))
+    return [state_lib.topology(self.federation, level, self.mesh, self.home) for level in levels]
 
   def init(self) -> state_lib.State:
     """The state before the first round; every node starts from the same parameters."""

@@ -108,6 +108,19 @@ def is_spread() -> bool:
   return not mesh.empty and mesh.size > mesh.shape.get(NODE, mesh.size)
 
 
+def bytes_per_device(tree: trees.PyTree) -> int:
+  """How much of a tree each device holds; leaves may be abstract, but have a sharding."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+  )
+
+
+def describe(mesh: Mesh) -> str:
+  """A mesh in words, such as "8 devices (node=4 fsdp=2)"."""
+  sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+  return f"{mesh.size} devices ({sizes})" if mesh.size > 1 else "1 device"
+
+
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
   """Within `per_device`: says how `x`, of one node, is spread over the mesh's other axes, where it is."""
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if is_spread() else x

@@ -289,14 +289,19 @@ class _Run:
     megabytes = sum(held["train"]["text_bytes"] for held in self.texts.held.values()) / 1e6
     levels = ", ".join(str(len(level)) for level in self.federation.levels)
     live = [f"to watch it: tensorboard --logdir={self.workdir / 'tensorboard'}"] * self.config.logging.tensorboard
+    state = self.engine.abstract_state()
+    waiting = f"the state takes {partition.bytes_per_device(state) / 1e9:.2f} GB on each"
+    if self.engine.home is not self.mesh:
+      waiting = f"the state waits on the host: {trees.num_bytes(state) / 1e9:.2f} GB"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return [
       f"{len(self.federation.members)} nodes in {len(self.federation.levels)} levels ({levels}), "
       f"{len(self.texts.held)} with text ({megabytes:.1f} MB to train on)",
       f"{trees.num_parameters(params):,} parameters per node, {trees.num_parameters(params['key_layers']):,} of them "
       f"in {self.arch.num_key_layers} key layers",
-      f"{self.mesh.size} device(s){processes}, {self.engine.nodes_at_once} node(s) at once on each; writing to "
-      f"{self.workdir}",
+      f"{partition.describe(self.mesh)}{processes}, {self.engine.nodes_at_once} node(s) at once on each; "
+      f"{waiting}",
+      f"writing to {self.workdir}",
       *live,
     ]
 
