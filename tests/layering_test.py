@@ -18,7 +18,7 @@ LAYERS = (
   ("model", "data", "distributed", "federation", "links", "partition", "metrics", "progress", "signals",
    "tree_sources", "watching"),
   ("local", "exchange", "scoring", "schedule"),
-  ("state", "algorithms", "oracle"),
+  ("state", "algorithms", "oracle", "oracle_nodes"),
   ("checkpoint", "engine", "fairness", "feed", "ledger", "matrix", "records", "texts", "train", "workdir"),
   ("comparison", "comparison_tables", "entries", "verdicts"),
   ("reporting",),

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 ALGORITHMS = ("worldlm", "worldlm_paper", "fedavg", "hierfavg", "fedper", "local", "centralized")
+PAYLOADS = ("float32", "bfloat16", "int8", "int4")
 
 
 @dataclasses.dataclass(slots=True)
@@ -296,6 +297,7 @@ class Config:
   rounds: int = 10  # rounds of the root; in the sequential schedule, of each level in its turn
   schedule: str = "parallel"  # parallel | sequential
   inner_text: str = "beside"  # a federation's own text: one member more, "beside" its members, or "before" they train
+  payload: str = "float32"  # one of PAYLOADS: in what updates and models cross an edge (see exchange/payload.py)
   nodes_at_once: int = 0  # nodes of a level that train side by side on a device; 0: chosen for you
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   waiting: str = "auto"  # device | host | auto: where the state of nodes lies that wait for others to train

@@ -8,7 +8,7 @@ to understand the algorithm; the tests hold `worldlm_jax.engine` against it on r
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,50 +19,8 @@ from worldlm_jax import local, model, plain, schedule
 from worldlm_jax.config import Config, OptimizerConfig
 from worldlm_jax.exchange import backbone as backbone_lib, relevance, trust
 from worldlm_jax.federation import Federation, Member
+from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared
 from worldlm_jax.plain import Layers
-
-
-@dataclasses.dataclass
-class Residual:
-  """One layer that its federation could not use."""
-
-  layer: list[np.ndarray]  # the block's tensors
-  index: int
-  origin: str  # the node whose layer it is
-  round: int
-
-
-class Shared(NamedTuple):
-  """What others may see of a node: its last update, whether it is news, and its residual layers."""
-
-  update: Layers
-  fresh: bool
-  sent: list[Residual]
-
-
-@dataclasses.dataclass
-class NodeState:
-  """What one node holds."""
-
-  backbone: Any
-  key_layers: Layers
-  opt_state: Any
-  server: Any
-  update: Layers
-  backbone_update: Any
-  step: int = 0
-  own_weight: float = 0.0
-  weight: float = 0.0
-  relevance: float = relevance.UNKNOWN
-  trust: float = 1.0
-  trained: bool = False
-  fresh: bool = False
-  sent: list[Residual] = dataclasses.field(default_factory=list)
-  received: list[Residual] = dataclasses.field(default_factory=list)
-
-  def shared(self) -> Shared:
-    """What others may see of the node now."""
-    return Shared(self.update, self.fresh, self.sent)
 
 
 class Oracle:
@@ -104,6 +62,12 @@ class Oracle:
       )
       for m in federation.members
     }
+    self.rounds = config.payload != "float32"
+    self.edge = Edge(config.payload, [shape[-1] for shape in self.shapes])
+    for node in self.nodes.values():
+      zeros = node.backbone_update, node.update
+      node.handed, node.errors, node.addition_error = (node.backbone, node.key_layers), zeros, node.update
+      node.withheld = zeros
     self.children: dict[str, list[Member]] = {m.path: [] for m in federation.members}
     for member in federation.members[1:]:
       self.children[str(member.parent)].append(member)
@@ -117,6 +81,9 @@ class Oracle:
     """The model that a node uses, or would use at another trust."""
     t = self.nodes[path].trust if trust is None else trust
     above = self.params(self.federation.by_path[path].parent or path)
+    if self.rounds:
+      backbone, key_layers = self.nodes[path].handed
+      above = {"backbone": backbone, "key_layers": self._from_lists(key_layers)}
     return jax.tree.map(lambda own, p: jnp.float32(p + t * plain.minus(own, p)), self.params(path), above)
 
   def round(self, index: int, stage: int | None = None, absent: Collection[str] = ()) -> None:
@@ -138,13 +105,19 @@ class Oracle:
         self._measure_relevance(q, parent)
       known = jnp.float32(node.relevance), jnp.float32(self.epochs[q.path])
       now = jnp.int32(self.index), jnp.int32(self.num_rounds)
+      if self.rounds:
+        self.edge.hand_down(node, above.backbone, above.key_layers)
+      else:
+        node.handed = above.backbone, above.key_layers
       if relevance.shares(*known, jnp.float32(settings.backbone_independence), *now):
-        node.backbone = above.backbone
+        node.backbone = node.handed[0]
       if self.num_layers:
+        error = node.addition_error
         self._attend_down(q, parent, first_repeat, last)
         if relevance.shares(*known, jnp.float32(settings.key_layer_independence), *now):
-          node.key_layers = above.key_layers
+          node.key_layers, node.addition_error = node.handed[1], error
     node.update, node.backbone_update = plain.scaled(node.update, 0.0), plain.zeros(node.backbone)
+    node.withheld = node.backbone_update, node.update
     node.own_weight = node.weight = 0.0
     node.trained = node.fresh = False
     level = len(self.federation.ancestors[q.path]) - 1
@@ -167,7 +140,7 @@ class Oracle:
   def _measure_relevance(self, q: Member, parent: Member) -> None:
     """The cosine of the node's first update with everybody else's mean, seen in the model that it is handed next."""
     node, above = self.nodes[q.path], self.nodes[parent.path]
-    own, update = plain.flat((node.backbone, node.key_layers)), plain.flat((node.backbone_update, node.update))
+    own, update = plain.flat(node.known()), plain.flat((node.backbone_update, node.update))
     moved = plain.flat((above.backbone, above.key_layers)) - (own - update)
     share = self.text_tokens.get(q.path, 0) / sum(self.text_tokens.values())
     node.relevance = plain.cosine(update, moved - share * update)
@@ -195,8 +168,8 @@ class Oracle:
 
   def _attend_down(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> None:
     node, above, keys = self.nodes[q.path], self.nodes[parent.path], self.config.key_layers
-    updates = keys.values == "updates"
-    query = self._query(node.key_layers, node.update, above.key_layers)
+    updates, (_, own), (_, parents) = keys.values == "updates", node.known(), node.handed
+    query = self._query(own, node.update, parents)
     pool = self._pool(q, parent, first_repeat, last) if keys.residuals_per_layer and keys.residuals_received else []
     node.received = []
     for i in range(self.num_layers):
@@ -215,21 +188,27 @@ class Oracle:
       addition, _ = self._attend_updates(node.update, [
         [plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)
       ])
-      mixed = plain.combine([node.key_layers, addition], [1.0, 1.0])
+      if self.rounds:
+        addition = self.edge.added(node, addition)
+      own = node.key_layers
+      mixed = plain.combine([own, addition], [1.0, 1.0])
     else:
       candidates = [
-        [plain.layer(node.key_layers, i), plain.layer(above.key_layers, i), *residual_layers(i)]
+        [plain.layer(own, i), plain.layer(parents, i), *residual_layers(i)]
         for i in range(self.num_layers)
       ]
       mixed, _ = self._attend_layers(
-        q, node.key_layers, *query, candidates, None, q.settings.down_temperature, node.backbone
+        q, own, *query, candidates, None, q.settings.down_temperature, node.backbone
       )
       if q.settings.down_temperature == 0 and keys.similarity.endswith("cosine"):
-        mixed = node.key_layers  # by any cosine a node is most like itself
-    node.key_layers = self._accept(q, node.key_layers, mixed, node.backbone)
+        mixed = own  # by any cosine a node is most like itself
+    node.key_layers = self._accept(q, own, mixed, node.backbone)
 
   def _merge(self, p: Member, here: list[Member]) -> None:
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
+    if self.rounds:
+      for member in members:
+        self.edge.send(member)
     uniform = self.config.backbone.weights == "uniform"
     weights = [float(m.weight > 0) if uniform else m.weight for m in members]
     own_weight = (1.0 if uniform else node.own_weight) if node.trained else 0.0
@@ -261,7 +240,7 @@ class Oracle:
       ]
     else:
       base = node.update if node.trained else plain.scaled(node.update, 0.0)
-      shown = [(c, m.key_layers) for c, m in zip(here, members, strict=True)]
+      shown = [(c, m.known()[1]) for c, m in zip(here, members, strict=True)]
       own = [node.key_layers] if node.trained else []
       prior = [node.own_weight] * len(own) + [m.weight for m in members]
       mixed, weights = self._attend_layers(
@@ -278,6 +257,8 @@ class Oracle:
     accepted = self._accept(p, node.key_layers, mixed, node.backbone)
     if keys.values == "updates" and accepted is mixed:  # its members' progress is its own from now on
       node.update = plain.combine([node.update, mean], [1.0, 1.0])
+    elif keys.values == "layers" and self.rounds:  # what it sends up is all that has changed
+      node.update = plain.combine([node.update, accepted, node.key_layers], [1.0, 1.0, -1.0])
     node.key_layers = accepted
 
   def _query(self, own: Layers, update: Layers, parents: Layers) -> tuple[Layers, Layers | None]:

@@ -24,6 +24,8 @@ class LevelState(NamedTuple):
   opt_state: trees.PyTree  # the local optimizer's moments
   server: trees.PyTree  # the server optimizer's state; only where the level has federations
   update: trees.PyTree  # by part of the model: what has changed since the last down-phase, leaves [N, ...]
+  handed: trees.PyTree  # by part: the parent's model as it arrived, leaves [N, ...]; None where nothing is rounded
+  errors: trees.PyTree  # by message: what has not arrived yet, leaves [N, ...]; None too (see algorithms/edges.py)
   residuals: residuals.Residuals | None  # sent up by the level's federations, [N, R, M, ...]
   received: residuals.Residuals | None  # routed to the level's nodes, for their children to have, [N, R, M, ...]
   own_weight: jax.Array  # float32 [N]: what the node's training since its last down-phase weighs in a mean
@@ -95,10 +97,14 @@ def init(
 ) -> State:
   """The state before the first round: all nodes hold the same parameters. Traceable; leaves `[N, ...]`.
 
-  `tracks` names the parts of the model whose updates are kept.
+  `tracks` names the parts of the model whose updates are kept: with a payload that rounds, all that cross an edge.
   """
   tx, server = local.optimizer(config.optimizer), backbone.server_optimizer(config.backbone)
   key_layers = params["key_layers"]
+  rounds = config.payload != "float32"
+  errors = {part: trees.zeros_like(params[part]) for part in tracks}
+  if config.key_layers.values == "updates" and "key_layers" in tracks:
+    errors["addition"] = trees.zeros_like(key_layers)
   sends, receives = config.key_layers.residuals_per_layer, config.key_layers.residuals_received
   exchanges_residuals = "key_layers" in tracks and bool(key_layers) and sends > 0 and receives > 0
   reached = [bool(own.eligible) for own in topologies]  # residual layers come from the pool of one's side of the tree
@@ -112,6 +118,8 @@ def init(
       opt_state=tx.init(params),
       server=server.init(params["backbone"]) if has_federations else (),
       update={part: trees.zeros_like(params[part]) for part in tracks},
+      handed={part: params[part] for part in tracks} if rounds else None,
+      errors=errors if rounds else None,
       residuals=residuals.empty(key_layers, sends) if exchanges_residuals and has_federations and level else None,
       received=residuals.empty(key_layers, receives) if exchanges_residuals and has_federations and reached[level]
       else None,

@@ -10,6 +10,7 @@ from typing import Any
 from worldlm_jax import checks
 from worldlm_jax.config import (
   ALGORITHMS,
+  PAYLOADS,
   Config,
   FederationConfig,
   Files,
@@ -53,6 +54,7 @@ def validate(config: Config) -> None:
   checks.one_of("config.algorithm", config.algorithm, ALGORITHMS)
   checks.one_of("config.schedule", config.schedule, ("parallel", "sequential"))
   checks.one_of("config.waiting", config.waiting, ("device", "host", "auto"))
+  checks.one_of("config.payload", config.payload, PAYLOADS)
   checks.one_of("config.inner_text", config.inner_text, ("beside", "before"))
   _validate_model(config.model)
   data, optimizer = config.data, config.optimizer

@@ -29,7 +29,10 @@ def adapted(config: Config) -> Config:
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
   """The pair of rules of the config's algorithm."""
-  return ROWS[config.algorithm].make(config, arch, federation)
+  algorithm: Algorithm = ROWS[config.algorithm].make(config, arch, federation)
+  if config.payload == "float32" or not algorithm.shares:
+    return algorithm
+  return algorithm._replace(payload=config.payload, tracks=algorithm.shares)
 
 
 def num_key_layers(config: Config) -> int:

@@ -28,13 +28,14 @@ class AttendLayers(NamedTuple):
   arch: model.Architecture
   any_validated: bool
 
-  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, Log]:
+  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """The down-phase of a level: see `KeyLayerRule.receive`."""
     level, above, topology = descent.level, descent.above, descent.topology
     pool, eligible_NxP = _joined(descent)
 
-    def one(node, takes, own, update, parent, eligible_P, backbone):
-      parents = trees.take(above.params["key_layers"], parent)
+    def one(node, takes, own, update, parents, eligible_P, backbone):
+      if descent.handed is None:
+        parents = trees.take(above.params["key_layers"], parents)
       received, log = None, {}
       if pool is not None:
         received = self._route(pool, eligible_P, *self._query(own, update, parents))
@@ -48,12 +49,15 @@ class AttendLayers(NamedTuple):
       from_parent = jnp.arange(mask_SxM.shape[0]) == 1
       weights = jnp.where(takes, jnp.float32(from_parent)[:, None], weights)
       mixed = trees.where(takes, parents, mixed)
-      return mixed, received if level.received is not None else None, log | {"weights": weights, "accepted": accepted}
+      log |= {"hands_key_layers": jnp.bool_(True), "weights": weights, "accepted": accepted}
+      return mixed, received if level.received is not None else None, log
 
-    return jax.vmap(one)(
-      descent.nodes, descent.takes, level.params["key_layers"], level.update["key_layers"], topology.parent,
-      eligible_NxP, descent.backbone,
+    # Rounded, a node goes on from its layers as its parent knows them, lest the parent mix other ones than it has.
+    mixed, received, log = jax.vmap(one)(
+      descent.nodes, descent.takes, level.params["key_layers"], level.update["key_layers"],
+      topology.parent if descent.handed is None else descent.handed, eligible_NxP, descent.backbone,
     )
+    return mixed, received, None, log
 
   def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
     """The up-phase of a level: see `KeyLayerRule.merge`."""
@@ -76,6 +80,8 @@ class AttendLayers(NamedTuple):
         offered_SxM = mask_SxM & (jnp.sum(mask_S) + trained > 1)
         origin_S, count = jnp.asarray(ascent.topology_below.member)[members_S], level.residuals.present.shape[1]
         sent = residuals_lib.select(layers, weights[1:], offered_SxM, origin_S, ascent.phase.round_index, count)
+      if level.handed is not None:  # what a federation sends up is all that has changed
+        update = trees.add(update, trees.subtract(mixed, own))
       return mixed, update, sent, {"weights": weights, "accepted": accepted}
 
     return jax.vmap(one)(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from worldlm_jax import links, model, trees
-from worldlm_jax.algorithms import acceptance
+from worldlm_jax.algorithms import acceptance, edges
 from worldlm_jax.algorithms.rules import Ascent, Descent, Log
 from worldlm_jax.config import KeyLayerConfig
 from worldlm_jax.exchange import attend, residuals as residuals_lib, rows
@@ -48,7 +48,7 @@ class AttendUpdates(NamedTuple):
   arch: model.Architecture
   any_validated: bool
 
-  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, Log]:
+  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """The down-phase of a level: see `KeyLayerRule.receive`."""
     level, above, topology = descent.level, descent.above, descent.topology
     offered, eligible = _offered(descent)
@@ -58,7 +58,9 @@ class AttendUpdates(NamedTuple):
       eligible,
     )
 
-    def on_device(own, update, above_own, above_update, pools, takes, relatives, offered):
+    rounds = descent.handed is not None
+
+    def on_device(base, update, theirs, above_update, pools, takes, relatives, offered):
       from_above = links.broadcast(topology.num_parents, _num_rows(above_update))
       sources = [rows.Source(update, topology.neighbours.fetch), rows.Source(above_update, from_above)]
       for pool, layers in zip(descent.pools, pools, strict=True):
@@ -73,25 +75,33 @@ class AttendUpdates(NamedTuple):
         return self._choose(gram, counts_X, n, relatives, offered, first_parent, topology.num_parents)
 
       coefficients_NxTxMxX, routed, log = jax.vmap(choose)(jnp.arange(len(takes)), relatives)
-      instead = rows.Instead(rows.Source(above_own, from_above), relatives.parent, takes)
-      mixed = rows.combine(own, jnp.moveaxis(coefficients_NxTxMxX, 0, 2), sources, counts_X, instead)
+      instead = rows.Instead(rows.Source(theirs, from_above), relatives.parent, takes)
+      if rounds:
+        instead = rows.Instead(rows.Source(theirs, lambda rows: rows), jnp.arange(len(takes)), takes)
+      mixed = rows.combine(base, jnp.moveaxis(coefficients_NxTxMxX, 0, 2), sources, counts_X, instead)
       received = _picked(update, routed, sources, counts_X) if level.received is not None else None
       return mixed, received, log
 
     run = links.on_devices(on_device, topology.mesh, num_everywhere=1)
-    own, pools = level.params["key_layers"], [pool.residuals.layers for pool in descent.pools]
+    own, pools = descent.own, [pool.residuals.layers for pool in descent.pools]
     mixed, layers, log = run(
-      own, level.update["key_layers"], above.params["key_layers"], above.update["key_layers"], pools, descent.takes,
+      trees.zeros_like(own) if rounds else own, level.update["key_layers"],
+      descent.handed if rounds else above.params["key_layers"], above.update["key_layers"], pools, descent.takes,
       relatives, offered,
     )
+    error = None
+    if rounds:
+      before = level.errors["addition"]
+      mixed, error = trees.where(descent.takes, (mixed, before), edges.added(own, mixed, before, descent.payload))
     received = None
     if level.received is not None:
       present = log["routed_origin"] >= 0
       received = Residuals(layers, log["routed_origin"], log["routed_round"], present)
     from_parent_S = jnp.arange(log["weights"].shape[1]) == 0
     log["weights"] = jnp.where(descent.takes[:, None, None], jnp.float32(from_parent_S)[None, :, None], log["weights"])
+    log |= {"hands_key_layers": descent.takes, "hands_addition": ~descent.takes}
     mixed, log["accepted"] = self._accepted(descent, own, mixed)
-    return mixed, received, log
+    return mixed, received, error, log
 
   def _choose(self, gram, counts_X, n, relatives: _Relatives, offered: _Offered, first_parent: int, num_parents: int):
     """What the n-th of the device's nodes adds: coefficients `[T, M, X]`, the rows routed to it, and its log."""

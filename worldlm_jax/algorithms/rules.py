@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from worldlm_jax import links, trees
+from worldlm_jax.algorithms import edges
 from worldlm_jax.config import BackboneConfig
 from worldlm_jax.exchange import backbone as backbone_lib, relevance
 from worldlm_jax.exchange.residuals import Residuals
@@ -60,21 +61,24 @@ class Pool(NamedTuple):
 class Descent(NamedTuple):
   """What a level sees in its down-phase."""
 
-  level: LevelState
+  level: LevelState  # as others know it
+  own: trees.PyTree  # key layers, as the nodes themselves know them
   above: LevelState
+  handed: trees.PyTree  # the parents' key layers as they arrived, leaves [N, ...]; None: just as they are
   backbone: trees.PyTree  # as just received, leaves [N, ...]
   pools: list[Pool]  # the residual layers on this side of the tree
   takes: jax.Array  # bool [N]: who takes the parent's key layers as they are
   topology: Topology
   nodes: NodeInputs
   phase: PhaseInputs
+  payload: str
 
 
 class Ascent(NamedTuple):
   """What a level of federations sees in its up-phase."""
 
   level: LevelState
-  below: LevelState
+  below: LevelState  # as others know it
   backbone: trees.PyTree  # as just merged, leaves [N, ...]
   weights: jax.Array  # float32 [C], of the level below: what its nodes weigh; 0 where they take no part
   own_weights: jax.Array  # float32 [N]: the same for the federations' own training
@@ -90,8 +94,8 @@ class Ascent(NamedTuple):
 class KeyLayerRule(Protocol):
   """How key layers go down and up. Logs are small arrays for the records, leaves `[N, ...]`."""
 
-  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, Log]:
-    """New key layers, the residual layers each node received, and the log."""
+  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
+    """New key layers, the residual layers each node received, the error of what was added (or None), and the log."""
 
   def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
     """New key layers, new updates, the residual layers each federation sends up, and the log."""
@@ -107,6 +111,8 @@ class Algorithm(NamedTuple):
   weights: str = "uniform"  # what a member weighs: see BackboneConfig
   needs_validation: bool = False  # whether it looks at the nodes' validation batches
   trusts: bool = False  # whether nodes use models between their parent's and their own (see exchange/trust.py)
+  goes_own_way: bool = False  # whether nodes may cease to take their parent's model (see exchange/relevance.py)
+  payload: str = "float32"  # one of payload.KINDS; if not this one, `tracks` has all that it `shares`
 
 
 KEPT_BACKBONE = BackboneRule(lambda own, parents, takes: own, lambda own, server, *members: (own, server))
@@ -115,9 +121,9 @@ KEPT_BACKBONE = BackboneRule(lambda own, parents, takes: own, lambda own, server
 class KeptKeyLayers(NamedTuple):
   """Key layers that never leave their node, as a `KeyLayerRule`."""
 
-  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, Log]:
+  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """Those it has."""
-    return descent.level.params["key_layers"], descent.level.received, {}
+    return descent.own, descent.level.received, None, {}
 
   def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
     """Those it has."""
@@ -129,7 +135,10 @@ def averaged(config: BackboneConfig) -> BackboneRule:
   server = backbone_lib.server_optimizer(config)
 
   def merge(own, state, below, shares, mesh):
-    difference = backbone_lib.mean_difference(own, below.params["backbone"], shares, mesh)
+    if "backbone" in below.update:  # rounded: what has not arrived of `own` at the members must not be lost
+      difference = links.sum_members(below.update["backbone"], shares, own["final_norm"].shape[0], mesh)
+    else:
+      difference = backbone_lib.mean_difference(own, below.params["backbone"], shares, mesh)
     return backbone_lib.apply_server_optimizer(server, own, state, difference)
 
   return BackboneRule(lambda own, parents, takes: parents, merge)
@@ -150,27 +159,38 @@ def down(
     nodes: per-node inputs; nodes that are not active stay exactly as they are.
     phase: the round.
   """
-  if "backbone" in algorithm.tracks and above is not None:
-    level = level._replace(relevance=_measured_relevance(level, above, topology, nodes, phase))
+  known, handed = level, level.handed
+  if above is not None:
+    known = edges.as_known(level, algorithm.payload)
+    handed = edges.handed(level, above, topology, algorithm.payload)
+    if algorithm.goes_own_way:
+      level = level._replace(relevance=_measured_relevance(known, above, topology, nodes, phase))
   begun = level._replace(
-    update=trees.zeros_like(level.update),
+    update=trees.zeros_like(level.update), handed=handed, errors=known.errors,
     own_weight=jnp.zeros_like(level.own_weight), weight=jnp.zeros_like(level.weight),
     trained=jnp.zeros_like(level.trained), fresh=jnp.zeros_like(level.fresh),
   )
   if above is None:
     return trees.where(nodes.active, begun, level), {}
-  parents = links.take_parents(above.params["backbone"], topology.parent, topology.num_parents, topology.mesh)
-  backbone = algorithm.backbone.receive(
-    level.params["backbone"], parents, _takes(level, nodes, nodes.backbone_independence, phase)
-  )
+  if handed is None:
+    parents = links.take_parents(above.params["backbone"], topology.parent, topology.num_parents, topology.mesh)
+  else:
+    parents = handed["backbone"]
+  takes = _takes(level, nodes, nodes.backbone_independence, phase)
+  backbone = algorithm.backbone.receive(level.params["backbone"], parents, takes)
   key_layers, received = level.params["key_layers"], level.received
-  log: Log = {}
+  needs_all = algorithm.trusts or not algorithm.goes_own_way
+  log: Log = {"hands_backbone": takes | needs_all}
   if key_layers:
     takes = _takes(level, nodes, nodes.key_layer_independence, phase)
     pools = _pools(level, above, deeper, topology, phase)
-    key_layers, received, log = algorithm.key_layers.receive(
-      Descent(level, above, backbone, pools, takes, topology, nodes, phase)
-    )
+    key_layers, received, error, key_log = algorithm.key_layers.receive(Descent(
+      known, key_layers, above, handed and handed.get("key_layers"), backbone, pools, takes, topology, nodes, phase,
+      algorithm.payload,
+    ))
+    log |= key_log | ({"hands_key_layers": jnp.ones_like(takes)} if needs_all else {})
+    if error is not None:
+      begun = begun._replace(errors=begun.errors | {"addition": error})
   after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
   return trees.where(nodes.active, after, level), log
 
@@ -191,6 +211,7 @@ def up(
     nodes: per-node inputs of the federations; those that are not active stay exactly as they are.
     phase: the round.
   """
+  below = edges.as_known(below, algorithm.payload)
   weight = jnp.where(below_active & nodes.active[topology_below.parent], below.weight, 0.0)
   gained = jax.ops.segment_sum(weight, topology_below.parent, level.weight.shape[0])
   own_weight = jnp.where(level.trained, level.own_weight, 0.0)

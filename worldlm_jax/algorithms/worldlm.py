@@ -43,4 +43,5 @@ def make(config: Config, arch: model.Architecture, federation: Federation) -> Al
     BackboneRule(receive, merge), attend(config.key_layers, arch, any_validated), shares=("backbone", "key_layers"),
     tracks=("backbone", "key_layers"), weights=config.backbone.weights,
     needs_validation=trusts or any_validated or config.key_layers.similarity == "validation_loss", trusts=trusts,
+    goes_own_way=True,
   )

@@ -1,0 +1,132 @@
+"""What one node of the oracle holds, and what crosses the edge to its parent in fewer bits than float32.
+
+Rounding one block after the other, in plain loops; `exchange/payload.py` says what it is and `algorithms/edges.py`
+where it happens.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from worldlm_jax import plain
+from worldlm_jax.exchange import relevance
+from worldlm_jax.plain import Layers
+
+BLOCK = 64
+
+
+@dataclasses.dataclass
+class Residual:
+  """One layer that its federation could not use."""
+
+  layer: list[np.ndarray]  # the block's tensors
+  index: int
+  origin: str  # the node whose layer it is
+  round: int
+
+
+class Shared(NamedTuple):
+  """What others may see of a node: its last update, whether it is news, and its residual layers."""
+
+  update: Layers
+  fresh: bool
+  sent: list[Residual]
+
+
+@dataclasses.dataclass
+class NodeState:
+  """What one node holds."""
+
+  backbone: Any
+  key_layers: Layers
+  opt_state: Any
+  server: Any
+  update: Layers
+  backbone_update: Any
+  step: int = 0
+  own_weight: float = 0.0
+  weight: float = 0.0
+  relevance: float = relevance.UNKNOWN
+  trust: float = 1.0
+  trained: bool = False
+  fresh: bool = False
+  handed: Any = None  # the parent's backbone and key layers, as they arrived
+  errors: Any = None  # what has not arrived of the updates of both
+  addition_error: Any = None  # nor of what the parent added to the key layers
+  withheld: Any = None  # how much more than what arrived the last updates were
+  sent: list[Residual] = dataclasses.field(default_factory=list)
+  received: list[Residual] = dataclasses.field(default_factory=list)
+
+  def shared(self) -> Shared:
+    """What others may see of the node now."""
+    return Shared(self.update, self.fresh, self.sent)
+
+  def known(self) -> tuple[Any, Layers]:
+    """Backbone and key layers, as others know them."""
+    backbone, layers = self.withheld
+    return jax.tree.map(plain.minus, self.backbone, backbone), plain.combine([self.key_layers, layers], [1.0, -1.0])
+
+
+class Edge(NamedTuple):
+  """Rounds what crosses an edge; `widths` are the last axes of a block's tensors."""
+
+  kind: str
+  widths: list[int]
+
+  def send(self, node: NodeState) -> None:
+    """Up: from now on the node's updates are what has arrived of them."""
+    if not node.fresh:
+      return
+    backbone, backbone_error = self._tree(node.backbone_update, node.errors[0])
+    layers, layer_error = self._layers(node.update, node.errors[1])
+    node.errors = backbone_error, layer_error
+    node.withheld = (
+      jax.tree.map(plain.minus, node.backbone_update, backbone), plain.combine([node.update, layers], [1.0, -1.0])
+    )
+    node.backbone_update, node.update = backbone, layers
+
+  def hand_down(self, node: NodeState, backbone: Any, layers: Layers) -> None:
+    """Down: the parent's model, as the difference to what the node holds of it."""
+    zeros = plain.zeros(backbone), plain.scaled(layers, 0.0)
+    held_backbone, held_layers = node.handed
+    moved, _ = self._tree(jax.tree.map(plain.minus, backbone, held_backbone), zeros[0])
+    layers_moved, _ = self._layers(plain.combine([layers, held_layers], [1.0, -1.0]), zeros[1])
+    node.handed = (
+      jax.tree.map(lambda held, m: np.float32(held + m), held_backbone, moved),
+      plain.combine([held_layers, layers_moved], [1.0, 1.0]),
+    )
+
+  def added(self, node: NodeState, addition: Layers) -> Layers:
+    """What arrives of it."""
+    arrived, node.addition_error = self._layers(addition, node.addition_error)
+    return arrived
+
+  def _tree(self, update: Any, error: Any) -> tuple[Any, Any]:
+    wanted = jax.tree.map(np.add, update, error)
+    arrived = jax.tree.map(lambda x: rounded(x, x.shape[-1], self.kind), wanted)
+    return arrived, jax.tree.map(plain.minus, wanted, arrived)
+
+  def _layers(self, update: Layers, error: Layers) -> tuple[Layers, Layers]:
+    wanted = plain.combine([update, error], [1.0, 1.0])
+    arrived = [
+      [rounded(layer, width, self.kind) for layer in tensor] for tensor, width in zip(wanted, self.widths, strict=True)
+    ]
+    return arrived, plain.combine([wanted, arrived], [1.0, -1.0])
+
+
+def rounded(x: np.ndarray, width: int, kind: str) -> np.ndarray:
+  """What arrives of an array whose last axis has this width (it may be flat)."""
+  if kind == "float32":
+    return x
+  if kind == "bfloat16":
+    return np.asarray(np.asarray(x, np.float32).astype(jnp.bfloat16), np.float64)
+  levels = {"int8": 127, "int4": 7}[kind]
+  arrived = np.array(x, np.float64, order="C")
+  for row in arrived.reshape(-1, width):
+    for block in (row[i : i + BLOCK] for i in range(0, width, BLOCK)):
+      scale = np.float64(np.asarray(np.float32(np.abs(block).max()) / np.float32(levels)).astype(jnp.bfloat16))
+      block[:] = np.round(block / scale) * scale if scale else 0.0
+  return arrived
