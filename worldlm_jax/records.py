@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from worldlm_jax import state as state_lib, trees
-from worldlm_jax.config import KeyLayerConfig, Source, Synthetic
+from worldlm_jax import schedule, state as state_lib, trees
+from worldlm_jax.config import Config, KeyLayerConfig, Source, Synthetic
 from worldlm_jax.data import compression, synthetic
 from worldlm_jax.data.batches import NodeText
+from worldlm_jax.exchange import payload as payload_lib
 from worldlm_jax.federation import Federation
 from worldlm_jax.scoring import Score
 
@@ -55,21 +56,78 @@ def text_record(text: NodeText, source: Source, compressed_bits_per_byte: float 
   return found
 
 
+class EdgeBytes(NamedTuple):
+  """What crosses the edge between a node and its parent takes, in bytes, each time."""
+
+  backbone: int  # or its update; 0 where it does not cross
+  key_layers: int  # or their update, or what a parent adds to them
+  residual_layer: int  # one
+
+
+def edge_bytes(shared: trees.PyTree, values: str, payload: str = "float32") -> EdgeBytes:
+  """The bytes of each message, known from shapes alone.
+
+  Args:
+    shared: the parts of one node's parameters that cross an edge ("backbone", "key_layers"); leaves may be abstract.
+    values: `KeyLayerConfig.values`. Residual layers are updates with "updates", and else whole layers, which travel
+      in float32: whoever gets them has nothing that they could be a difference to.
+    payload: one of `config.PAYLOADS`.
+  """
+  key_layers = shared.get("key_layers", {})
+  layer = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), key_layers)
+  return EdgeBytes(
+    payload_lib.num_bytes(shared.get("backbone", {}), payload), payload_lib.num_bytes(key_layers, payload),
+    payload_lib.num_bytes(layer, payload if values == "updates" else "float32"),
+  )
+
+
+def baseline_bytes(config: Config, federation: Federation, params: trees.PyTree) -> dict[str, int]:
+  """What two other ways to train a whole run on the same batches would send, down and up together, in float32.
+
+  `fedavg`: every node with text exchanges its model with one server in each round of the root. `data_parallel`:
+  synchronous training of one model, every node with text exchanging its gradients at each of its optimizer steps.
+
+  Args:
+    config: the experiment.
+    federation: the tree, as any algorithm arranges it; no text is exchanged where all of it is pooled, so for that {}.
+    params: of one node, all parts; leaves may be abstract.
+  """
+  if federation.is_pooled:
+    return {}
+  both_ways = 2 * payload_lib.num_bytes(params, "float32")
+  steps = sum(
+    sum(schedule.steps_per_round(federation, stage).values()) for stage in schedule.stages(federation, config.schedule)
+  )
+  clients = sum(member.data is not None for member in federation.members)
+  return {"fedavg": config.rounds * clients * both_ways, "data_parallel": config.rounds * steps * both_ways}
+
+
 class Exchanges:
   """Turns the logs of the exchange into rows: names instead of places, bytes instead of masks.
 
-  Bytes count what crosses the edge between a node and its parent, as float32: the backbone, the key
-  layers (or their update) and residual layers, each time they travel. With attention over updates the
-  parent does the mixing, so that no residual update is sent on to a leaf. Where phases repeat within
-  a round, bytes add up and attention is the last repeat's.
+  Bytes count what crosses the edge between a node and its parent: the backbone, the key layers (or their update) and
+  residual layers, each time they travel and a node has a use for them. A node that goes its own way still needs its
+  parent's model to trust it; and, with attention over updates, what the parent adds to its key layers: there the
+  parent does the mixing, so that no residual update is sent on to a leaf. Where phases repeat within a round, bytes
+  add up and attention is the last repeat's.
+
+  Args:
+    federation: the tree.
+    config: of the key layers.
+    shared: the parts of one node's parameters that cross an edge; leaves may be abstract.
+    payload: in what they do, one of `config.PAYLOADS`.
   """
 
-  def __init__(self, federation: Federation, config: KeyLayerConfig, params: trees.PyTree):
+  def __init__(
+    self, federation: Federation, config: KeyLayerConfig, shared: trees.PyTree, payload: str = "float32"
+  ):
     self._federation, self._over_updates = federation, config.values == "updates"
     self._paths = [m.path for m in federation.members]
-    self._node_bytes = trees.num_bytes(params)
-    num_layers = max((leaf.shape[0] for leaf in jax.tree.leaves(params.get("key_layers", {}))), default=1)
-    self._layer_bytes = trees.num_bytes(params.get("key_layers", {})) // num_layers
+    self._bytes = edge_bytes(shared, config.values, payload)
+    sizes = self._bytes
+    self._handed = {
+      "hands_backbone": sizes.backbone, "hands_key_layers": sizes.key_layers, "hands_addition": sizes.key_layers
+    }
 
   def down(
     self, rows: Rows, level: int, active: np.ndarray, topology: state_lib.Topology, log: Mapping[str, Any]
@@ -81,7 +139,8 @@ class Exchanges:
       row = rows[member.path]
       origins = np.asarray(log["routed_origin"])[i] if "routed_origin" in log else np.zeros((0, 0), int)
       forwards = not self._over_updates or self._federation.is_federation(level)[i]
-      row["bytes_down"] += self._node_bytes + int((origins >= 0).sum()) * self._layer_bytes * bool(forwards)
+      row["bytes_down"] += int((origins >= 0).sum()) * self._bytes.residual_layer * bool(forwards)
+      row["bytes_down"] += sum(size for name, size in self._handed.items() if name in log and np.asarray(log[name])[i])
       if "weights" not in log:
         continue
       num_residuals = origins.shape[0]
@@ -117,8 +176,8 @@ class Exchanges:
         continue
       for c, child in enumerate(federation.levels[level + 1]):
         if federation.parents[level + 1][c] == i and members_active[c]:
-          residual_bytes = self._residuals_below(child.path, present) * self._layer_bytes
-          rows[child.path]["bytes_up"] += self._node_bytes + residual_bytes
+          residual_bytes = self._residuals_below(child.path, present) * self._bytes.residual_layer
+          rows[child.path]["bytes_up"] += self._bytes.backbone + self._bytes.key_layers + residual_bytes
       if "weights" in log:
         own = [] if self._over_updates else [["self"]]
         names = own + [
@@ -145,7 +204,7 @@ def present_residuals(state: state_lib.State) -> dict[int, jax.Array]:
 def summary(
   federation: Federation, tokens: Mapping[str, int], sent: Mapping[str, list[int]],
   received: Mapping[str, dict[str, float]], personalised: Mapping[str, dict[str, float]], seconds: Mapping[str, float],
-  data: Mapping[str, dict[str, Any]],
+  data: Mapping[str, dict[str, Any]], baselines: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
   """The content of summary.json, from what is known of each node by path.
 
@@ -157,6 +216,7 @@ def summary(
     personalised: test scores after training; a node that never trained has only what it received.
     seconds: by activity.
     data: what the nodes' texts hold.
+    baselines: what other ways to train would send; see `baseline_bytes`.
   """
   own = dict(received) | dict(personalised)
   # What the nodes below a pool train on is the same text once more, to personalise its model.
@@ -170,10 +230,14 @@ def summary(
     below = [m.path for m in federation.subtree(member.path) if m.path in received]
     entry["subtree"] = {"received": _mean_and_worst(below, received), "personalised": _mean_and_worst(below, own)}
     nodes[member.path] = entry
+  down, up = (sum(entry[way] for entry in nodes.values()) for way in ("bytes_down", "bytes_up"))
+  against = {
+    name: {"bytes": amount, "times_ours": amount / (down + up) if down + up else None}
+    for name, amount in (baselines or {}).items()
+  }
   return {
-    "nodes": nodes, "tree": nodes[federation.root.path]["subtree"], "tokens": trained,
-    "bytes_down": sum(entry["bytes_down"] for entry in nodes.values()),
-    "bytes_up": sum(entry["bytes_up"] for entry in nodes.values()),
+    "nodes": nodes, "tree": nodes[federation.root.path]["subtree"], "tokens": trained, "bytes_down": down,
+    "bytes_up": up, **({"bytes_of_others": against} if against else {}),
     "seconds": {name: round(value, 3) for name, value in seconds.items()},
     "waiting_for_data_share": round(seconds.get("waiting_for_data", 0.0) / max(sum(seconds.values()), 1e-9), 5),
   }

@@ -12,6 +12,10 @@ from worldlm_jax.reporting.files import Run, changed_settings, own_settings
 from worldlm_jax.reporting.page import Html
 
 LARGEST_TABLE = 3000  # cells of a matrix that are also written as a table
+OTHERS = {
+  "fedavg": ("FedAvg", "every node's model in every round, in float32"),
+  "data_parallel": ("data-parallel training", "every node's gradients at every step, in float32"),
+}
 
 
 def make(run: Run, title: str, back: str = "") -> tuple[str, list[figures.Chart]]:
@@ -127,6 +131,10 @@ def _headline(run: Run) -> list[tuple[str, str, str]]:
   tokens, down, up = _totals(run)
   tiles += [("tokens", words.count(tokens), "trained on, all nodes"),
             ("sent", words.size(down + up), f"{words.size(down)} down, {words.size(up)} up")]
+  for name, other in (run.summary or {}).get("bytes_of_others", {}).items():
+    if words.known(other["times_ours"]):
+      title, what = OTHERS[name]
+      tiles.append((f"{title} would send", f"{other['times_ours']:.3g} times", f"{words.size(other['bytes'])}: {what}"))
   if run.summary is not None:
     seconds = run.summary["seconds"]
     longest = max(seconds, key=lambda what: seconds[what], default="")
@@ -308,7 +316,8 @@ def _traffic(run: Run, drawn: list[figures.Chart]) -> Html:
   if not any(down or up for _, down, up in edges):
     return Html("")
   drawn.append(run_charts.traffic("traffic", "Bytes over each node's edge to its parent", edges))
-  return page.chart(drawn[-1], "Over each node's edge to its parent, all rounds together, as float32.")
+  kind = run.record["config"].get("payload", "float32")
+  return page.chart(drawn[-1], f"Over each node's edge to its parent, all rounds together, as {kind}.")
 
 
 def _time(run: Run, drawn: list[figures.Chart]) -> Html:
