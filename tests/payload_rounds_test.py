@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from worldlm_jax import algorithms, checks, config as config_lib, federation as federation_lib, model, records, trees
-from worldlm_jax import validation
+from worldlm_jax import (
+  algorithms,
+  checks,
+  config as config_lib,
+  federation as federation_lib,
+  model,
+  records,
+  trees,
+  validation,
+)
 from worldlm_jax.exchange import payload
 
 NUM_ROUNDS = 3
@@ -51,7 +59,8 @@ MOST = {"bfloat16": 5e-4, "int8": 1e-3, "int4": 1e-2}
 
 
 @pytest.mark.parametrize(("kind", "values"), [
-  ("int8", "updates"), ("int8", "layers"), ("int4", "updates"), pytest.param("bfloat16", "updates", marks=pytest.mark.slow),
+  ("int8", "updates"), ("int8", "layers"), pytest.param("int4", "updates", marks=pytest.mark.slow),
+  pytest.param("bfloat16", "updates", marks=pytest.mark.slow),
 ])
 def test_engine_equals_the_loop(ragged_run, kind, values):
   harness = ragged_run(kind, values)
@@ -65,20 +74,21 @@ def test_engine_equals_the_loop(ragged_run, kind, values):
     assert np.concatenate(off).max() < MOST[kind], path
 
 
-def test_float32_keeps_nothing_and_other_kinds_what_crosses(rounds):
-  for name in config_lib.ALGORITHMS:
-    config = rounds.tiny_config(rounds.node("world", rounds.node("a"), rounds.node("b")))
-    config.algorithm = name
-    state = jax.eval_shape(lambda: rounds.Harness(config).state)
-    assert all(level.handed is None and level.errors is None for level in state)
-    config.payload = "int8"
-    rounding = jax.eval_shape(lambda: rounds.Harness(config).state)
-    algorithm = algorithms.make(config, None, algorithms.arranged(config, federation_lib.resolve(config)))
-    for level, before in zip(rounding, state, strict=True):
-      assert set(level.handed) == set(level.update) == set(algorithm.shares)
-      if not algorithm.shares:
-        assert jax.tree.structure(level._replace(handed=None, errors=None)) == jax.tree.structure(before)
-        assert not jax.tree.leaves((level.handed, level.errors))
+@pytest.mark.parametrize("name", config_lib.ALGORITHMS)
+def test_float32_keeps_nothing_and_other_kinds_what_crosses(rounds, name):
+  config = rounds.tiny_config(rounds.node("world", rounds.node("a"), rounds.node("b")))
+  config.algorithm = name
+  state = rounds.Harness(config).engine.abstract_state()
+  assert all(level.handed is None and level.errors is None for level in state)
+  config.payload = "int8"
+  harness = rounds.Harness(config)
+  shares = algorithms.make(config, harness.arch, harness.federation).shares
+  for level, before in zip(harness.engine.abstract_state(), state, strict=True):
+    assert set(level.handed) == set(level.update) == set(shares)
+    assert set(level.errors) - {"addition"} == set(shares)
+    if not shares:
+      assert jax.tree.map(lambda leaf: leaf.shape, level._replace(handed=None, errors=None)) == jax.tree.map(
+        lambda leaf: leaf.shape, before)
 
 
 def test_kinds_have_the_same_names_everywhere():
@@ -96,15 +106,14 @@ def fedavg(rounds, kind, num_rounds):
   config = rounds.tiny_config(node("server", node("a"), node("b", local_steps=3), node("c"), data=False))
   config.algorithm, config.payload, config.rounds = "fedavg", kind, num_rounds
   config.optimizer = dataclasses.replace(config.optimizer, name="sgd")
-  config.node.learning_rate, config.node.clip_norm = 0.3, math.inf
+  config.node.clip_norm = math.inf
   harness = rounds.Harness(config)
   work = harness.workload
-  harness.positions = dict.fromkeys(harness.positions, 0)
 
   def same(step):
     harness.positions = dict.fromkeys(harness.positions, 0)
     found = work(step)
-    return found._replace(learning_rates=np.full_like(found.learning_rates, 0.3))
+    return found._replace(learning_rates=np.full_like(found.learning_rates, 0.05))
 
   harness.workload = same
   for index in range(num_rounds):
@@ -113,7 +122,7 @@ def fedavg(rounds, kind, num_rounds):
 
 
 def test_fedavg_ends_where_it_ends_in_float32(rounds):
-  found = {kind: fedavg(rounds, kind, 40) for kind in ("float32", "int8", "int4")}
+  found = {kind: fedavg(rounds, kind, 10) for kind in ("float32", "int8", "int4")}
   begin = jax.tree.map(lambda leaf: leaf[0], found["float32"].engine.init()[0].params)
 
   def server(kind):
@@ -124,8 +133,8 @@ def test_fedavg_ends_where_it_ends_in_float32(rounds):
     return float(model.loss_sum(found[kind].arch, found[kind].params()[".."], windows, np.ones(9, bool))) / 63
 
   way = np.linalg.norm(server("float32") - np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(begin)]))
-  assert way > 1
-  for kind, share in (("int8", 0.002), ("int4", 0.02)):
+  assert way > 0.5  # an update's is about 0.1, of which int4 loses a tenth
+  for kind, share in (("int8", 0.003), ("int4", 0.03)):
     assert np.linalg.norm(server(kind) - server("float32")) < share * way, kind
     assert loss(kind) == pytest.approx(loss("float32"), rel=share), kind
   check_bytes_of_fedavg(found)
@@ -140,15 +149,15 @@ def check_bytes_of_fedavg(found):
     one = sum(array.nbytes for array in sent)
     assert one == records.edge_bytes({"backbone": params["backbone"]}, "updates", kind).backbone
     for path in "abc":
-      assert rows[path]["bytes_down"] == rows[path]["bytes_up"] == 40 * one
+      assert rows[path]["bytes_down"] == rows[path]["bytes_up"] == 10 * one
     baselines = records.baseline_bytes(harness.config, harness.federation, params)
-    assert (baselines["fedavg"] == 2 * 3 * 40 * one) == (kind == "float32")
-    assert baselines["data_parallel"] == 2 * (2 + 3 + 2) * 40 * trees.num_bytes(params)
+    assert (baselines["fedavg"] == 2 * 3 * 10 * one) == (kind == "float32")
+    assert baselines["data_parallel"] == 2 * (2 + 3 + 2) * 10 * trees.num_bytes(params)
 
 
 def test_identical_siblings_stay_identical(rounds):
   config = rounds.tiny_config(rounds.node("world", rounds.node("a"), rounds.node("b"), data=False))
-  config.payload = "int4"
+  config.payload, config.node.key_layer_independence = "int4", 0.0
   harness = rounds.Harness(config)
   real = harness.workload
   harness.workload = lambda step: jax.tree.map(lambda leaf: np.stack([leaf[0]] * len(leaf)), real(step))
