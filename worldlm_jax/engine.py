@@ -141,7 +141,8 @@ class Engine:
     the host, the last wave leaves and then the next one comes while a wave trains: two are on the device at a time.
     """
     whole = state[level]
-    slim = whole._replace(server=(), residuals=None, received=None)  # what training does not touch stays behind
+    # What training does not touch stays behind.
+    slim = whole._replace(server=(), handed=None, errors=None, residuals=None, received=None)
     work = jax.tree.map(functools.partial(self._pad_host, level), work)
     waves, logs = list(self._waves(level)), []
     ahead = self.home is not self.mesh
@@ -152,7 +153,7 @@ class Engine:
       wave_work = wave_work._replace(steps=np.where(new, wave_work.steps, 0))
       name = ("train", *wave_work.windows.shape)
       wave, found = self._call(name, self._train_phase, wave, self._put(wave_work, self.mesh))
-      wave = self._settled(state, level, wave, start, rows, wave_work.steps > 0)
+      wave = self._settled(_handed(state, level), level, wave, start, rows, wave_work.steps > 0)
       logs.append(WaveLog(rows[new], *(array[new] for array in found)))
       if trained:
         slim = self._store(level, slim, *trained)
@@ -162,7 +163,9 @@ class Engine:
         fetched = self._fetch(("take state", level), slim, waves[place + 1][0], len(rows))
       else:
         slim, trained = self._store(level, slim, *trained), None
-    own = slim._replace(server=whole.server, residuals=whole.residuals, received=whole.received)
+    own = slim._replace(
+      server=whole.server, handed=whole.handed, errors=whole.errors, residuals=whole.residuals, received=whole.received
+    )
     return _with_level(state, level, own), logs
 
   def _fetch(self, name: tuple, tree: trees.PyTree, start: int, num_rows: int) -> trees.PyTree:
@@ -183,21 +186,24 @@ class Engine:
     return wave if self.home is self.mesh else partition.move(wave, self.mesh)
 
   def _settled(
-    self, state: state_lib.State, level: int, wave: state_lib.LevelState, start: int, rows: np.ndarray,
+    self, handed: trees.PyTree, level: int, wave: state_lib.LevelState, start: int, rows: np.ndarray,
     trained: np.ndarray,
   ) -> state_lib.LevelState:
-    """A wave with new trust for those who `trained` (bool `[w]`) and have a validation text to go by."""
+    """A wave with new trust for those who `trained` (bool `[w]`) and have a validation text to go by.
+
+    `handed` is what `_handed` gives.
+    """
     if not (self.algorithm.trusts and level and self.validation is not None):
       return wave
     windows, counts = (self._pad_host(level, array)[rows] for array in self.validation[level])
     validated = np.array([m.settings.trust == "validated" for m in self.federation.levels[level]])
     settles = trained & self._pad_host(level, validated)[rows] & (counts > 0)
 
-    def parents_of_wave(above: model.Params, start: jax.Array) -> model.Params:
-      return self._parents_of_wave(level, above, start, len(rows) // self._lanes)
+    def parents_of_wave(handed: trees.PyTree, start: jax.Array) -> model.Params:
+      return self._parents_of_wave(level, handed, start, len(rows) // self._lanes)
 
-    parents = self._moved(self._call(("parents", level, len(rows)), parents_of_wave, state[level - 1].params,
-                                     np.int32(start), mesh=self.home, donate=False, logs=False))
+    parents = self._moved(self._call(("parents", level, len(rows)), parents_of_wave, handed, np.int32(start),
+                                     mesh=self.home, donate=False, logs=False))
 
     def settle(trust, own, parents, windows, counts, settles):
       def one(own: model.Params, parents: model.Params, windows_ExW: jax.Array, count: jax.Array) -> jax.Array:
@@ -211,11 +217,13 @@ class Engine:
     trust = self._call(("settle", len(rows)), settle, wave.trust, wave.params, parents, *inputs, logs=False)
     return wave._replace(trust=trust)
 
-  def _parents_of_wave(self, level: int, above: model.Params, start: jax.Array, size: int) -> model.Params:
-    """Within a phase at home: the parents' models for one wave of a level."""
+  def _parents_of_wave(self, level: int, handed: trees.PyTree, start: jax.Array, size: int) -> model.Params:
+    """Within a phase at home: the parents' models, as one wave of a level knows them; see `_handed`."""
+    if self.algorithm.payload != "float32":
+      return partition.take_wave(handed, start, size, self._lanes, self.home)
     topology = self.topologies[level]
     parent = partition.take_wave(jnp.asarray(topology.parent), start, size, self._lanes, self.home)
-    return links.take_parents(above, parent, topology.num_parents, self.home)
+    return links.take_parents(handed, parent, topology.num_parents, self.home)
 
   def _used(self, state: state_lib.State, level: int, start: int, num_rows: int) -> model.Params:
     """The models in use of one wave of a level."""
@@ -223,11 +231,11 @@ class Engine:
     if not (self.algorithm.trusts and level):
       return self._fetch(("take params", level), own.params, start, num_rows)
 
-    def used(own: trees.PyTree, above: model.Params, start: jax.Array) -> model.Params:
+    def used(own: trees.PyTree, handed: trees.PyTree, start: jax.Array) -> model.Params:
       params, trust = partition.take_wave(own, start, size, self._lanes, self.home)
-      return trust_lib.used(params, self._parents_of_wave(level, above, start, size), trust)
+      return trust_lib.used(params, self._parents_of_wave(level, handed, start, size), trust)
 
-    found = self._call(("used", level, size), used, (own.params, own.trust), state[level - 1].params, np.int32(start),
+    found = self._call(("used", level, size), used, (own.params, own.trust), _handed(state, level), np.int32(start),
                        mesh=self.home, donate=False, logs=False)
     return self._moved(found)
 
@@ -338,6 +346,13 @@ def scores_by_row(found: list[tuple[np.ndarray, jax.Array]], num_nodes: int) -> 
     inside = rows < num_nodes
     np.add.at(total, rows[inside], np.asarray(losses, np.float64)[inside])
   return total
+
+
+def _handed(state: state_lib.State, level: int) -> trees.PyTree:
+  """What a level knows of its parents' models: a row for each node, or each parent's where nothing is rounded."""
+  if not level:
+    return None
+  return state[level - 1].params if state[level].handed is None else state[level].handed
 
 
 def _with_level(state: state_lib.State, level: int, new: state_lib.LevelState) -> state_lib.State:
