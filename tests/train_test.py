@@ -84,6 +84,7 @@ def tiny_run(texts: str, schedule: str = "parallel") -> config_lib.Config:
     model=config_lib.ModelConfig(num_layers=3, d_model=12, num_heads=3, num_kv_heads=1, d_ff=17, key_layer_share=0.6),
     data=config_lib.DataConfig(sequence_length=13),
     evaluation=config_lib.EvaluationConfig(valid_windows=3, test_windows=5, matrix_windows=5), inner_text="before",
+    mesh=config_lib.MeshConfig(fsdp=1),
   )
 
 
