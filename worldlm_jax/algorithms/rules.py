@@ -247,7 +247,7 @@ def _measured_relevance(
   level: LevelState, above: LevelState, topology: Topology, nodes: NodeInputs, phase: PhaseInputs
 ) -> jax.Array:
   """The relevance of all nodes, `[N]`, after those have been measured whose first update is news."""
-  measured = level.fresh & phase.first_repeat & (level.relevance == relevance.UNKNOWN)
+  measured = nodes.active & level.fresh & phase.first_repeat & (level.relevance == relevance.UNKNOWN)
 
   def measure() -> jax.Array:
     begun_from = trees.subtract(level.params, level.update)
