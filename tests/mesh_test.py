@@ -130,8 +130,8 @@ def test_a_round_moves_what_the_algorithm_needs_and_nothing_else(on_eight):
     # residual layers of level 1 twice, a third time to hand them down, and the parent's key layers for those who share.
     ("down", 1): {"all-reduce": (backbone + keys) + backbone + (1 + 3) * 3 * keys + keys,
                   "collective-permute": 3 * neighbours[1] * keys},
-    # The residual layers of level 1 and those that it received.
-    ("down", 2): {"all-reduce": 3 * (backbone + keys) + 3 * backbone + (3 + 3 + 3) * 2 * keys + 3 * keys,
+    # The residual layers here are those that level 1 received; nobody is below to hand them down to.
+    ("down", 2): {"all-reduce": 3 * (backbone + keys) + 3 * backbone + (3 + 3) * 2 * keys + 3 * keys,
                   "collective-permute": 2 * neighbours[2] * keys},
   }
   for name, bytes_ in expected.items():
