@@ -100,7 +100,8 @@ def travelled(compiled):
                                     for kind, dims in shapes)
       repeats = times
       if " while(" in line:
-        repeats = times * int(re.search(r'known_trip_count":\{"n":"(\d+)"', line)[1])
+        count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)  # not so of the loop over optimizer steps
+        repeats = times * int(count[1]) if count else times
       inner = re.findall(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", line)
       for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
         inner += re.findall(r"%?([\w.\-]+)", group)

@@ -8,6 +8,9 @@ Several processes, on as many machines, train together: start the same command i
 finds the cluster by itself (TPU pods, Slurm, ...), or else with --coordinator=HOST:PORT --num_processes=N
 --process_id=I. All of them must see --workdir.
 
+With --plan instead of --workdir it says what the run would take (docs/plan.md), on this computer or on another
+--machine.
+
 The same command again resumes, also with other numbers of processes and devices. Exit codes: 0 finished, 1 stopped by
 an error in the run, 2 bad input, 75 interrupted with everything saved.
 """
@@ -17,10 +20,13 @@ import sys
 import jax
 from absl import app, flags
 
-from worldlm_jax import checks, command, distributed, progress, train
+from worldlm_jax import checks, command, distributed, plan, progress, train
+from worldlm_jax.planning import machines
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh where the folder holds a run.")
+_PLAN = flags.DEFINE_bool("plan", False, "Only say what the run would take: memory, bytes between nodes, time.")
+_MACHINE = flags.DEFINE_string("machine", machines.HERE, "For --plan: a name, or a YAML file that describes one.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster that JAX finds itself.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join the others there.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
@@ -31,6 +37,10 @@ def main(_: list[str]) -> int:
   """Runs the experiment of the flags and returns the exit code."""
   reporter = progress.for_stdout()
   try:
+    if _PLAN.value:
+      plan.show(plan.make(command.configured(), machines.load(str(_MACHINE.value))))
+      return command.OK
+    checks.require(_WORKDIR.value is not None, "--workdir", None, "a folder", "or --plan, which needs none")
     distributed.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     command.keep_compiled()
     summary = train.run(command.configured(), str(_WORKDIR.value), overwrite=_OVERWRITE.value, reporter=reporter)
@@ -47,5 +57,5 @@ def main(_: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.mark_flags_as_required(["config"])
   app.run(main, flags_parser=command.parse_flags)

@@ -99,7 +99,7 @@ class _Run:
     self.test = self.texts.evaluations("test", config.evaluation.test_windows, length)
     now, self.state = self._restore_or_begin(abstract)
     shared = {part: params for part, params in model.abstract_params(self.arch).items() if part in algorithm.shares}
-    exchanges = records.Exchanges(self.federation, config.key_layers, shared)
+    exchanges = records.Exchanges(self.federation, config.key_layers, shared, config.payload)
     self.ledger = ledger_lib.Ledger(now, self.federation, self.texts, self.engine, exchanges, self._show)
     self.watchers: watching.Watchers | None = None
     self.stop = signals.Stop()
@@ -320,7 +320,8 @@ class _Run:
       self.ledger.received(level, self.test[level], scores, received)
     self.ledger.settle()
     found = records.summary(
-      self.federation, now.tokens, now.bytes, received, now.test, now.seconds, self.texts.held
+      self.federation, now.tokens, now.bytes, received, now.test, now.seconds, self.texts.held,
+      records.baseline_bytes(self.config, self.federation, model.abstract_params(self.arch)),
     )
     fair = {
       "initial_parameters": fairness.initial_parameters(self.engine.initial_params()),

@@ -1,0 +1,1 @@
+"""What a run takes, worked out from shapes alone: memory, bytes between nodes, operations and time."""

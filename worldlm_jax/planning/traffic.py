@@ -1,0 +1,159 @@
+"""Bytes between nodes and their parents, round by round, without training: the rules played through on counts.
+
+What crosses an edge depends on the tree, the schedule and how many residual layers are there to be sent, not on the
+parameters; so the whole run can be counted ahead. `records.Exchanges` counts the same while a run goes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from worldlm_jax import schedule, state as state_lib, trees
+from worldlm_jax.algorithms.rules import Algorithm
+from worldlm_jax.config import Config
+from worldlm_jax.federation import Federation
+
+Traffic = dict[str, list[int]]  # by path: bytes down and up over the edge to the parent
+
+
+class Sizes(NamedTuple):
+  """How many bytes it takes to send, in one direction."""
+
+  model: int  # what one node shares of its model
+  residual_layer: int  # one residual layer
+
+
+def sizes(
+  params: trees.PyTree, shares: Sequence[str], num_bytes: Callable[[trees.PyTree], int] = trees.num_bytes
+) -> Sizes:
+  """The sizes of a model's parts, as `num_bytes` has them of an (abstract) tree: as float32 unless told otherwise."""
+  layers = params["key_layers"] if "key_layers" in shares else {}
+  num_layers = next((leaf.shape[0] for leaf in jax.tree.leaves(layers)), 1)
+  return Sizes(num_bytes({part: params[part] for part in shares}), num_bytes(layers) // num_layers)
+
+
+def by_round(
+  config: Config, federation: Federation, algorithm: Algorithm, topologies: Sequence[state_lib.Topology],
+  abstract: Sequence[state_lib.LevelState], down: Sizes, up: Sizes,
+) -> list[Traffic]:
+  """What crosses every edge in each round of the run, if everybody takes part.
+
+  Args:
+    config: a validated config.
+    federation: the tree, as the algorithm arranges it.
+    algorithm: the pair of rules.
+    topologies: of the levels.
+    abstract: the shapes of the state.
+    down: the sizes of what parents send.
+    up: the sizes of what their members send.
+  """
+  play = _Play(config, federation, topologies, abstract, down, up)
+  found: list[Traffic] = []
+  for stage in schedule.stages(federation, config.schedule):
+    steps = {last: schedule.round_steps(federation, stage, personalise=last) for last in (False, True)}
+    for index in range(config.rounds):
+      personalises = index == config.rounds - 1 or config.evaluation.personalised == "best"
+      found.append(play.round(len(found), steps[personalises]))
+  return found
+
+
+def data_parallel(config: Config, federation: Federation, model_bytes: int) -> list[Traffic]:
+  """The same tokens in synchronous data-parallel training: gradients up and their mean down at every step.
+
+  Every node that trains is a worker with a link of its own to whoever adds up; a ring would carry as much over each.
+  """
+  found = []
+  for stage in schedule.stages(federation, config.schedule):
+    steps = schedule.steps_per_round(federation, stage)
+    found += [{path: [count * model_bytes] * 2 for path, count in steps.items()}] * config.rounds
+  return found
+
+
+def total(rounds: Sequence[Traffic]) -> tuple[int, int]:
+  """Bytes down and up, of all edges and rounds."""
+  down, up = (sum(edge[i] for row in rounds for edge in row.values()) for i in (0, 1))
+  return down, up
+
+
+class _Play:
+  """Who has trained, and how many residual layers of which round everybody holds, per layer index."""
+
+  def __init__(
+    self, config: Config, federation: Federation, topologies: Sequence[state_lib.Topology],
+    abstract: Sequence[state_lib.LevelState], down: Sizes, up: Sizes,
+  ):
+    self._federation, self._topologies, self._down, self._up = federation, topologies, down, up
+    self._over_updates = config.key_layers.values == "updates"
+    self._places = [tuple(_places(r) for r in (level.residuals, level.received)) for level in abstract]
+    self._num_layers = next((r.present.shape[2] for own in abstract for r in (own.residuals, own.received) if r), 0)
+    counts = [len(level) for level in federation.levels]
+    self._sent: list[list[list[int]]] = [[[] for _ in range(n)] for n in counts]  # the rounds that made them
+    self._received: list[list[list[int]]] = [[[] for _ in range(n)] for n in counts]
+    places = {m.path: (j, i) for j, level in enumerate(federation.levels) for i, m in enumerate(level)}
+    self._below = {path: [places[m.path] for m in federation.subtree(path)] for path in places}
+    self._weighs, self._trained, self._fresh = ([np.zeros(n, bool) for n in counts] for _ in range(3))
+
+  def round(self, index: int, steps: Sequence[schedule.Step]) -> Traffic:
+    """One round of the run."""
+    traffic: Traffic = {member.path: [0, 0] for member in self._federation.members}
+    for step in steps:
+      level, active = step.level, step.active
+      if step.kind == "down":
+        self._descend(index, step, traffic)
+        for books in (self._weighs, self._trained, self._fresh):
+          books[level] &= ~active
+      elif step.kind == "train":
+        for books in (self._weighs, self._trained, self._fresh):
+          books[level] |= active
+      else:
+        self._ascend(index, step, traffic)
+    return traffic
+
+  def _descend(self, index: int, step: schedule.Step, traffic: Traffic) -> None:
+    level, room = step.level, self._places[step.level][1]
+    for i in np.flatnonzero(step.active):
+      member = self._federation.levels[level][i]
+      if member.parent is None:
+        continue
+      if room:
+        made = sorted(self._pool(index, step, int(i)), reverse=True)
+        self._received[level][i] = made[:room]
+      forwards = not self._over_updates or bool(self._federation.is_federation(level)[i])
+      layers = len(self._received[level][i]) * self._num_layers * forwards if room else 0
+      traffic[member.path][0] += self._down.model + layers * self._down.residual_layer
+
+  def _pool(self, index: int, step: schedule.Step, i: int) -> list[int]:
+    """The rounds that made the residual layers which node i of a level may get."""
+    topology = self._topologies[step.level]
+    pooled = [made for j, eligible in topology.eligible.items() for o in np.flatnonzero(eligible[i])
+              for made in self._sent[j][o]]
+    above = self._received[step.level - 1][topology.parent[i]]
+    if not self._over_updates:
+      return pooled + above
+    # Each update is used once, and not when it is old.
+    return [made for made in pooled + (above if step.first_repeat else []) if made >= index - 1]
+
+  def _ascend(self, index: int, step: schedule.Step, traffic: Traffic) -> None:
+    level, federation = step.level, self._federation
+    parents, room = federation.parents[level + 1], self._places[step.level][0]
+    gains = np.zeros(len(federation.levels[level]), bool)
+    for i in np.flatnonzero(step.active):
+      members = np.flatnonzero(parents == i)
+      gains[i] = self._weighs[level + 1][members].any()
+      if room and gains[i]:
+        offered = [c for c in members if self._fresh[level + 1][c] or not self._over_updates]
+        enough = len(offered) + self._trained[level][i] > 1  # with a single layer to take, nothing is left over
+        self._sent[level][i] = [index] * (min(room, len(offered)) if enough else 0)
+    self._weighs[level] |= gains
+    self._fresh[level] |= gains
+    for c, child in enumerate(federation.levels[level + 1]):
+      if step.active[parents[c]]:
+        count = sum(len(self._sent[j][i]) for j, i in self._below[child.path])
+        traffic[child.path][1] += self._up.model + count * self._num_layers * self._up.residual_layer
+
+
+def _places(residuals: Any) -> int:
+  """How many residual layers a node has room for, per layer index."""
+  return residuals.present.shape[1] if residuals is not None else 0
