@@ -69,15 +69,24 @@ class Plan:
   @property
   def peak(self) -> float:
     """The most that is in a device's memory at once."""
-    phases = max(self.training.total, self.evaluation, self.exchange)
+    phases = max(self.training.total, self.evaluation, self.exchange + self.saving)
     return phases + (0.0 if self.on_host else self.state_bytes)
 
   @property
+  def saving(self) -> float:
+    """On CPUs, whose memory is the host's, the copy of which a checkpoint is made while the next round begins."""
+    return self.state_bytes if self.machine.platform == "cpu" else 0.0
+
+  @property
+  def host(self) -> float:
+    """The most that a process holds on its host: nodes that wait there, and the copy that a checkpoint is made of."""
+    return (2 if self.on_host else 1) * self.state_bytes * self.machine.devices / self.machine.processes
+
+  @property
   def fits(self) -> bool:
-    """Whether that leaves the runtime some of the device's memory, and nodes that wait have room on the host."""
-    waiting = self.state_bytes * self.machine.devices / self.machine.processes if self.on_host else 0.0
-    return (self.peak <= memory.SAFE * self.machine.memory_gb * GB and
-            waiting <= memory.SAFE * self.machine.host_memory_gb * GB)
+    """Whether both leave the runtime some of the memory."""
+    room, host_room = self.machine.memory_gb * GB, self.machine.host_memory_gb * GB
+    return self.peak <= memory.SAFE * room and self.host <= memory.SAFE * host_room
 
 
 def make(config: config_lib.Config, machine: Machine) -> Plan:
@@ -243,8 +252,12 @@ def _memory_table(plan: Plan) -> Table:
   table.add_row("training", _size(plan.training.total))
   table.add_row("scoring, instead", _size(plan.evaluation))
   table.add_row("exchange, instead", _size(plan.exchange))
-  room = plan.machine.memory_gb * GB
+  if plan.saving:
+    table.add_row("  the state that is being saved", _size(plan.saving))
+  room, host_room = plan.machine.memory_gb * GB, plan.machine.host_memory_gb * GB
   table.add_row(f"most at once, {plan.peak / room:.0%} of {_size(room)}", _size(plan.peak))
+  if plan.machine.platform != "cpu":
+    table.add_row(f"a host's, when saving, {plan.host / host_room:.0%} of {_size(host_room)}", _size(plan.host))
   return table
 
 
