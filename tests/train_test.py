@@ -365,10 +365,11 @@ def test_rows_name_their_sources_and_count_their_bytes(texts, finished):
   params = model.abstract_params(arch)
   node, layer = trees.num_bytes(params), trees.num_bytes(params["key_layers"]) // 2
   assert last["."]["bytes_down"] == last["."]["bytes_up"] == 0
-  assert last["a/p"]["bytes_down"] == last["a/p"]["bytes_up"] == node  # updates of leaves are mixed by the parent
+  # Updates of leaves are mixed by the parent; to those on their own way it sends what it adds to two key layers.
+  assert last["a/p"]["bytes_up"] == node and last["a/p"]["bytes_down"] == node + 2 * layer
   assert last["a"]["bytes_up"] == node + 2 * layer  # one residual layer for each of two key layers
   received = last["a"]["residuals_received"]
-  assert last["a"]["bytes_down"] == node + len(received) * layer
+  assert last["a"]["bytes_down"] == node + 2 * layer + len(received) * layer
   assert {(r["layer"], r["made_in_round"]) for r in received} == {(0, ROUNDS - 2), (1, ROUNDS - 2)}
   assert {r["from"] for r in received} <= {"b/r", "b/s"}
   assert all(set(layer) <= {"a/p", "a/q"} for layer in last["a"]["attention_up"])

@@ -26,6 +26,7 @@ from worldlm_jax import (
   model,
   partition,
   progress,
+  records,
   schedule,
   state as state_lib,
   trees,
@@ -109,8 +110,7 @@ def make(config: config_lib.Config, machine: Machine) -> Plan:
   share = partition.padded_size(len(federation.levels[level]), mesh) // mesh.shape[partition.NODE]
   nodes_at_once, on_host = _nodes_at_once(config, machine, training(1, mesh).total, sum(state.values()), share)
 
-  down = up = traffic.sizes(model.abstract_params(arch), algorithm.shares)
-  sent = traffic.by_round(config, federation, algorithm, topologies, abstract, down, up)
+  sent = traffic.by_round(config, federation, algorithm, topologies, abstract, _edge_bytes(config, arch, algorithm))
   flat, averaged = _fedavg(config)
   parallel = traffic.data_parallel(config, flat, trees.num_bytes(model.abstract_params(arch)))
   job = work.Work(config, federation, arch, algorithm, machine, mesh, nodes_at_once, on_host=on_host)
@@ -203,8 +203,15 @@ def _fedavg(config: config_lib.Config) -> tuple[federation_lib.Federation, list[
   mesh = partition.make_mesh([machines.Device(0, "cpu", 0.0)])
   topologies = [state_lib.topology(federation, level, mesh, mesh) for level in range(len(federation.levels))]
   abstract = _abstract_state(config, federation, topologies, arch, algorithm.tracks)
-  size = traffic.sizes(model.abstract_params(arch), algorithm.shares)
-  return federation, traffic.by_round(config, federation, algorithm, topologies, abstract, size, size)
+  config = dataclasses.replace(config, payload="float32")
+  return federation, traffic.by_round(
+    config, federation, algorithm, topologies, abstract, _edge_bytes(config, arch, algorithm)
+  )
+
+
+def _edge_bytes(config: config_lib.Config, arch: model.Architecture, algorithm: rules.Algorithm) -> records.EdgeBytes:
+  params = model.abstract_params(arch)
+  return records.edge_bytes({part: params[part] for part in algorithm.shares}, config.key_layers.values, config.payload)
 
 
 def _link_seconds(

@@ -121,7 +121,7 @@ def training(
   logits = logits_at_once(arch, micro * (width - 1))
   heads = head_bytes * (1 if logits == micro * (width - 1) * arch.vocab_size else 2)
   most = max(
-    Training(wave, copies, added_up + heads, saved, 2 * 4 * logits / share, 0),
+    Training(wave, copies, added_up + heads, saved, 4 * logits / share + head_bytes, 0),
     Training(wave, copies, added_up + own, saved, workspace, 0),
     Training(wave, begun_from, own, 0, 0, 2 * own),
     key=lambda moment: moment.total,
@@ -134,12 +134,13 @@ def _activations(arch: model.Architecture, windows: int, length: int, platform: 
   one = block(arch, windows, length, platform)
   segments = [count for count in (arch.num_layers - arch.num_key_layers, arch.num_key_layers) if count]
   backward = 2 * max(one.arrays) + 2 * one.carry
+  # Of what a block saves, about half is there twice at the time (found by comparison with XLA's own analysis).
   # XLA unrolls a loop over a single block, whose arrays it then uses where they are; on CPUs it computes nothing twice
   # there, remat or not.
   if arch.remat == "none":
-    return one.total * arch.num_layers, backward + (one.total if segments[-1] > 1 else 0)
+    return one.total * arch.num_layers, backward + (one.total / 2 if segments[-1] > 1 else 0)
   single = segments.count(1) if platform == "cpu" else 0
-  return one.carry * arch.num_layers + one.total * single, backward + (0 if single else one.total)
+  return one.carry * arch.num_layers + one.total * single, backward + (0 if single else one.total / 2)
 
 
 def scoring(

@@ -4,41 +4,29 @@ What crosses an edge depends on the tree, the schedule and how many residual lay
 parameters; so the whole run can be counted ahead. `records.Exchanges` counts the same while a run goes.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
-from worldlm_jax import schedule, state as state_lib, trees
+from worldlm_jax import schedule, state as state_lib
 from worldlm_jax.algorithms.rules import Algorithm
 from worldlm_jax.config import Config
-from worldlm_jax.federation import Federation
+from worldlm_jax.federation import Federation, Member
+from worldlm_jax.records import EdgeBytes
 
 Traffic = dict[str, list[int]]  # by path: bytes down and up over the edge to the parent
 
 
-class Sizes(NamedTuple):
-  """How many bytes it takes to send, in one direction."""
-
-  model: int  # what one node shares of its model
-  residual_layer: int  # one residual layer
-
-
-def sizes(
-  params: trees.PyTree, shares: Sequence[str], num_bytes: Callable[[trees.PyTree], int] = trees.num_bytes
-) -> Sizes:
-  """The sizes of a model's parts, as `num_bytes` has them of an (abstract) tree: as float32 unless told otherwise."""
-  layers = params["key_layers"] if "key_layers" in shares else {}
-  num_layers = next((leaf.shape[0] for leaf in jax.tree.leaves(layers)), 1)
-  return Sizes(num_bytes({part: params[part] for part in shares}), num_bytes(layers) // num_layers)
-
-
 def by_round(
   config: Config, federation: Federation, algorithm: Algorithm, topologies: Sequence[state_lib.Topology],
-  abstract: Sequence[state_lib.LevelState], down: Sizes, up: Sizes,
+  abstract: Sequence[state_lib.LevelState], sizes: EdgeBytes,
 ) -> list[Traffic]:
   """What crosses every edge in each round of the run, if everybody takes part.
+
+  When a node goes its own way depends on its text: it may be sent additions to its key layers as long as that is
+  possible, so that what is counted here is the most.
 
   Args:
     config: a validated config.
@@ -46,10 +34,9 @@ def by_round(
     algorithm: the pair of rules.
     topologies: of the levels.
     abstract: the shapes of the state.
-    down: the sizes of what parents send.
-    up: the sizes of what their members send.
+    sizes: of the messages; see `records.edge_bytes`.
   """
-  play = _Play(config, federation, topologies, abstract, down, up)
+  play = _Play(config, federation, algorithm, topologies, abstract, sizes)
   found: list[Traffic] = []
   for stage in schedule.stages(federation, config.schedule):
     steps = {last: schedule.round_steps(federation, stage, personalise=last) for last in (False, True)}
@@ -81,12 +68,13 @@ class _Play:
   """Who has trained, and how many residual layers of which round everybody holds, per layer index."""
 
   def __init__(
-    self, config: Config, federation: Federation, topologies: Sequence[state_lib.Topology],
-    abstract: Sequence[state_lib.LevelState], down: Sizes, up: Sizes,
+    self, config: Config, federation: Federation, algorithm: Algorithm, topologies: Sequence[state_lib.Topology],
+    abstract: Sequence[state_lib.LevelState], sizes: EdgeBytes,
   ):
-    self._federation, self._topologies, self._down, self._up = federation, topologies, down, up
+    self._federation, self._algorithm, self._topologies, self._bytes = federation, algorithm, topologies, sizes
     self._over_updates = config.key_layers.values == "updates"
-    self._places = [tuple(_places(r) for r in (level.residuals, level.received)) for level in abstract]
+    self._sends = [_places(level.residuals) for level in abstract]
+    self._receives = config.key_layers.residuals_received if any(self._sends) else 0
     self._num_layers = next((r.present.shape[2] for own in abstract for r in (own.residuals, own.received) if r), 0)
     counts = [len(level) for level in federation.levels]
     self._sent: list[list[list[int]]] = [[[] for _ in range(n)] for n in counts]  # the rounds that made them
@@ -112,7 +100,7 @@ class _Play:
     return traffic
 
   def _descend(self, index: int, step: schedule.Step, traffic: Traffic) -> None:
-    level, room = step.level, self._places[step.level][1]
+    level, room = step.level, self._receives
     for i in np.flatnonzero(step.active):
       member = self._federation.levels[level][i]
       if member.parent is None:
@@ -122,7 +110,21 @@ class _Play:
         self._received[level][i] = made[:room]
       forwards = not self._over_updates or bool(self._federation.is_federation(level)[i])
       layers = len(self._received[level][i]) * self._num_layers * forwards if room else 0
-      traffic[member.path][0] += self._down.model + layers * self._down.residual_layer
+      traffic[member.path][0] += self._model_down(member) + layers * self._bytes.residual_layer
+
+  def _model_down(self, member: Member) -> int:
+    """What a node may be sent of its parent's model, as it is and as additions to its own key layers."""
+    sizes, algorithm, settings = self._bytes, self._algorithm, member.settings
+    if not algorithm.goes_own_way:
+      return sizes.backbone + sizes.key_layers
+    backbone_never, layers_never = (
+      c == math.inf for c in (settings.backbone_independence, settings.key_layer_independence)
+    )
+    layers_always = not layers_never and (settings.key_layer_independence == 0 or not member.trains)
+    backbone = algorithm.trusts or not backbone_never
+    layers = algorithm.trusts or not self._over_updates or not layers_never
+    additions = self._over_updates and not layers_always
+    return sizes.backbone * backbone + sizes.key_layers * (layers + additions)
 
   def _pool(self, index: int, step: schedule.Step, i: int) -> list[int]:
     """The rounds that made the residual layers which node i of a level may get."""
@@ -137,7 +139,7 @@ class _Play:
 
   def _ascend(self, index: int, step: schedule.Step, traffic: Traffic) -> None:
     level, federation = step.level, self._federation
-    parents, room = federation.parents[level + 1], self._places[step.level][0]
+    parents, room = federation.parents[level + 1], self._sends[step.level]
     gains = np.zeros(len(federation.levels[level]), bool)
     for i in np.flatnonzero(step.active):
       members = np.flatnonzero(parents == i)
@@ -151,7 +153,8 @@ class _Play:
     for c, child in enumerate(federation.levels[level + 1]):
       if step.active[parents[c]]:
         count = sum(len(self._sent[j][i]) for j, i in self._below[child.path])
-        traffic[child.path][1] += self._up.model + count * self._num_layers * self._up.residual_layer
+        model = self._bytes.backbone + self._bytes.key_layers
+        traffic[child.path][1] += model + count * self._num_layers * self._bytes.residual_layer
 
 
 def _places(residuals: Any) -> int:
