@@ -234,7 +234,7 @@ def _assumptions(config: config_lib.Config, machine: Machine) -> list[str]:
   found.append(f"every node has the {windows} windows that are scored" if windows else
                "scoring all valid windows takes no time, since the texts were not read to count them")
   found.append(f"links of {machine.node_link_gbit_per_s:g} Gbit/s and {machine.node_latency_ms:g} ms between nodes, "
-               "were each at a place of its own; models cross them as float32")
+               f"were each at a place of its own; models cross them as {config.payload}")
   return found
 
 
