@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from worldlm_jax import partition
+from worldlm_jax import checks, config, partition
 
 
 @functools.cache
@@ -52,16 +52,17 @@ def test_waves_cover_every_row_exactly_once_as_new(share, size, num_devices):
   assert sorted(seen) == list(range(num_rows))
 
 
-@pytest.mark.parametrize("num_devices", [1, 3, 8])
-def test_a_wave_takes_its_rows_and_puts_them_back(num_devices):
-  mesh, share, size = mesh_of(num_devices), 5, 2
+@pytest.mark.parametrize(("num_devices", "num_home"), [(1, 1), (3, 3), (8, 8), (8, 2), (3, 1)])
+def test_a_wave_takes_its_rows_and_puts_them_back(num_devices, num_home):
+  """Also where the rows lie on fewer devices than the wave is for."""
+  training, mesh, share, size = mesh_of(num_devices), mesh_of(num_home), 5, 2
   num_rows = share * num_devices
   tree = {"x": np.arange(num_rows * 3, dtype=np.float32).reshape(num_rows, 3), "n": np.arange(num_rows, dtype=np.int32)}
   placed = jax.device_put(tree, partition.node_sharding(mesh))
-  take = jax.jit(functools.partial(partition.take_wave, size=size, mesh=mesh))
-  put = jax.jit(functools.partial(partition.put_wave, mesh=mesh))
+  take = jax.jit(functools.partial(partition.take_wave, size=size, lanes=num_devices, mesh=mesh))
+  put = jax.jit(functools.partial(partition.put_wave, lanes=num_devices, mesh=mesh))
   counted = placed
-  for start, rows, new in partition.waves(num_rows, size, mesh):
+  for start, rows, new in partition.waves(num_rows, size, training):
     wave = take(placed, np.int32(start))
     jax.tree.map(lambda found, whole, rows=rows: np.testing.assert_array_equal(found, whole[rows]), wave, tree)
     jax.tree.map(np.testing.assert_array_equal, put(placed, wave, np.int32(start)), tree)
@@ -80,16 +81,77 @@ def test_each_device_works_on_its_own_share(num_devices):
 
 
 def test_on_cpus_one_node_trains_at_a_time():
-  assert partition.choose_nodes_at_once(97, {"x": np.ones(3)}, {"x": np.ones(3)}, mesh_of(8)) == 1
+  assert partition.choose_nodes_at_once(97, {"x": np.ones(3)}, {"x": np.ones(3)}, mesh_of(8), mesh_of(8)) == 1
 
 
-@pytest.mark.parametrize(("num_nodes", "expected"), [(97, 7), (5, 3), (1, 1)])
-def test_elsewhere_as_many_nodes_train_at_once_as_fit_beside_the_state(num_nodes, expected):
-  """Two devices with 80 bytes free each, 10 of which the state takes; a node of 1 byte needs 7."""
+@pytest.mark.parametrize(("num_nodes", "at_home", "on_host"), [(97, 7, 5), (5, 3, 3), (1, 1, 1)])
+def test_elsewhere_as_many_nodes_train_at_once_as_fit_beside_the_state(num_nodes, at_home, on_host):
+  """Two devices with 80 bytes free each, 10 of which the state takes; a node of 1 byte needs 7.
+
+  Where the state is on the host, it takes none of them, but a node needs 11, since another wave is on its way.
+  """
   device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 90, "bytes_in_use": 10})
-  mesh = types.SimpleNamespace(devices=np.array([device, device], object).reshape(2, 1, 1), shape={"node": 2})
+  mesh = types.SimpleNamespace(devices=np.array([device, device], object).reshape(2, 1, 1), shape={"node": 2}, size=2)
   params, state = {"x": np.ones(1, np.int8)}, {"x": np.ones(20, np.int8)}
-  assert partition.choose_nodes_at_once(num_nodes, params, state, mesh) == expected
+  assert partition.choose_nodes_at_once(num_nodes, params, state, mesh, mesh) == at_home
+  assert partition.choose_nodes_at_once(num_nodes, params, state, mesh, mesh_of(1)) == on_host
+
+
+def gpus(count, memory=100):
+  return [types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": memory}) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("given", "num_nodes", "bytes_per_node", "expected"), [
+  ({}, 100, 1, (8, 1, 1)),  # as many nodes side by side as there are devices
+  ({}, 4, 1, (4, 2, 1)),  # no more places than nodes
+  ({}, 3, 1, (2, 4, 1)),  # a divisor of the devices
+  ({}, 100, 200, (2, 4, 1)),  # three quarters of a device's memory are for a node
+  ({}, 1, 1, (1, 8, 1)),
+  ({"tensor": 2}, 100, 1, (4, 1, 2)),
+  ({"fsdp": 2}, 100, 1, (4, 2, 1)),
+  ({"node": 2}, 100, 1, (2, 4, 1)),
+  ({"node": 2, "fsdp": 2}, 100, 1, (2, 2, 2)),
+  ({"node": 2, "fsdp": 4, "tensor": 1}, 100, 1, (2, 4, 1)),
+])
+def test_what_a_config_leaves_open_of_a_mesh_is_chosen(monkeypatch, given, num_nodes, bytes_per_node, expected):
+  def sizes(devices, fsdp, tensor):
+    return len(devices) // (fsdp * tensor), fsdp, tensor
+
+  monkeypatch.setattr(partition, "make_mesh", sizes)
+  assert partition.choose_mesh(config.MeshConfig(**given), num_nodes, bytes_per_node, gpus(8)) == expected
+
+
+@pytest.mark.parametrize("given", [{"node": 3}, {"node": 2, "fsdp": 2, "tensor": 1}, {"fsdp": 16}])
+def test_a_mesh_of_another_number_of_devices_is_refused(given):
+  with pytest.raises(checks.InputError, match=r"config\.mesh='.*'.*number of devices, 8"):
+    partition.choose_mesh(config.MeshConfig(**given), 4, 1, gpus(8))
+
+
+def test_nodes_wait_on_the_host_where_they_would_take_half_of_the_memory():
+  mesh = types.SimpleNamespace(devices=np.array(gpus(2), object).reshape(2, 1, 1), size=2)
+  assert partition.choose_home("auto", 100, mesh) is mesh and partition.choose_home("device", 1000, mesh) is mesh
+  for device in mesh.devices.flat:
+    device.process_index = 0
+  for waiting, size in (("auto", 101), ("host", 1)):
+    home = partition.choose_home(waiting, size, mesh)
+    assert home.devices.ravel().tolist() == jax.devices("cpu")[:1]
+
+
+def test_nodes_of_several_processes_cannot_wait_on_one_host():
+  devices = [types.SimpleNamespace(process_index=process) for process in (0, 1)]
+  with pytest.raises(checks.InputError, match=r"config\.waiting='host'.*another config.mesh"):
+    partition.host_mesh(types.SimpleNamespace(devices=np.array(devices, object).reshape(1, 2, 1)))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_moves_to_another_mesh_stays_the_same(monkeypatch, processes):
+  """With two processes, as far as one can play both: its rows are all there."""
+  monkeypatch.setattr(jax, "process_count", lambda: processes)
+  rows = {"gate": {"kernel": np.arange(8 * 3 * 4 * 2, dtype=np.float32).reshape(8, 3, 4, 2)}, "n": np.arange(8)}
+  source, target = partition.make_mesh(jax.devices()[:4], fsdp=2), partition.make_mesh(jax.devices()[7:])
+  there = partition.move(jax.device_put(rows, partition.shardings(rows, source)), target)
+  jax.tree.map(np.testing.assert_array_equal, there, rows)
+  assert there["n"].sharding.device_set == {jax.devices()[7]}
 
 
 def test_put_spreads_the_rows_over_the_devices():
