@@ -50,7 +50,8 @@ class Interleaved(progress.Silent):
     """Books the block that ends with this round, and the bare loop's time after it."""
     if round_index % self._per_block or round_index >= self._last:
       return
-    jax.block_until_ready(jax.live_arrays())  # rounds that are already on their way belong to the federation
+    # Rounds that are already on their way belong to the federation.
+    jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
     now = time.perf_counter()
     if self.bare:
       self.seconds.append((now - self._begin) / self._per_block)

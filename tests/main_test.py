@@ -148,7 +148,7 @@ def test_the_summary_adds_up(finished: tuple[list[str], Path, str]) -> None:
   rows, summary = _rows(workdir), json.loads((workdir / "summary.json").read_text(), parse_constant=pytest.fail)
   assert summary.keys() == {
     "nodes", "tree", "tokens", "bytes_down", "bytes_up", "seconds", "waiting_for_data_share", "duplicates", "matrix",
-    "fairness"
+    "fairness", "bytes_of_others",
   }
   nodes = summary["nodes"]
   assert list(nodes) == [".", "law", "medicine"]

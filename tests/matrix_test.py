@@ -24,7 +24,7 @@ def test_every_model_is_scored_on_every_text(rounds: Any) -> None:
   for path, size in ((".", 200), ("b", 99), ("a/p", 31), ("a/q", 640)):
     starts = np.arange(0, size, 13) if path.startswith("a") else None  # windows of whole documents, and of a stream
     texts[path] = types.SimpleNamespace(test=Windows(generator.integers(0, rounds.vocab, size), 7, starts))
-  found = matrix.score(harness.engine, harness.state, texts, 5)
+  found = matrix.score(harness.engine, harness.state, types.SimpleNamespace(here=texts, held=texts), 5)
   assert found["models"] == [".", "a", "a/p", "a/q", "b"]
   assert found["corpora"] == [".", "a/p", "a/q", "b"]
   loss = jax.jit(model.loss_sum, static_argnums=0)

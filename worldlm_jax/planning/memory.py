@@ -157,7 +157,7 @@ def scoring(
   share = mesh.shape[partition.FSDP] * mesh.shape[partition.TENSOR]
   one = block(arch, windows, length, platform)
   logits = 4 * logits_at_once(arch, windows * length)
-  forward = max(copies + 3 * max(one.arrays) / share, logits / share) + 3 * one.carry / share
+  forward = max(copies + 1.25 * max(one.arrays) / share, logits / share) + 3 * one.carry / share
   return nodes * (own * (3 if trusts else 1) + forward)
 
 
