@@ -18,6 +18,7 @@ For a short run of a large model on CPUs: --models=75m --nodes=1 --local_steps=2
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -51,7 +52,9 @@ class Interleaved(progress.Silent):
     if round_index % self._per_block or round_index >= self._last:
       return
     # Rounds that are already on their way belong to the federation.
-    jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
+    for array in jax.live_arrays():
+      with contextlib.suppress(RuntimeError):  # it has been donated
+        array.block_until_ready()
     now = time.perf_counter()
     if self.bare:
       self.seconds.append((now - self._begin) / self._per_block)
