@@ -537,3 +537,15 @@ def test_artificial_languages_come_with_their_floor(tmp_path):
     floor = leaf["data"]["floor"]
     assert 0 < floor["bits_per_byte"] < leaf["personalised"]["bits_per_byte"]
     assert floor["perplexity"] == pytest.approx(np.exp(floor["loss_nats"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("payload", ["float32", "int8"])
+def test_a_run_whose_nodes_wait_on_the_host_is_the_same(texts, tmp_path, payload):
+  found = {}
+  for waiting in ("device", "host"):
+    config = tiny_run(texts)
+    config.waiting, config.payload, config.rounds = waiting, payload, 2
+    summary = train.run(config, tmp_path / waiting)
+    found[waiting] = [node["personalised"]["loss_nats"] for node in summary["nodes"].values() if "personalised" in node]
+  assert found["host"] == pytest.approx(found["device"], rel=1e-4)

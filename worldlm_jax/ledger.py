@@ -144,19 +144,20 @@ class Ledger:
   def down(self, step: schedule.Step, log: Any) -> None:
     """A down-phase."""
     topology = self._engine.topologies[step.level]
-    self._put("aggregating", self._snapshot(log), lambda log: self._exchanges.down(
+    self._put("aggregating", self._snapshot(log, self._engine.home), lambda log: self._exchanges.down(
       self.now.rows, step.level, step.active, topology, log))
 
   def up(self, step: schedule.Step, members_active: np.ndarray, log: Any, present: dict[int, jax.Array]) -> None:
     """An up-phase; for `present` see `records.Exchanges.up`."""
     topology = self._engine.topologies[step.level]
-    self._put("aggregating", self._snapshot((log, present)), lambda found: self._exchanges.up(
+    self._put("aggregating", self._snapshot((log, present), self._engine.home), lambda found: self._exchanges.up(
       self.now.rows, step.level, step.active, members_active, topology, *found))
 
   def trained(self, index: int, level: int, work: local.Workload, logs: list[engine_lib.WaveLog], trust: Any) -> None:
     """A training phase; `trust` is that of the level's nodes, or None."""
     rows = [np.asarray(log.rows) for log in logs]
-    results = self._snapshot(([(log.losses, log.steps, log.tokens) for log in logs], trust))
+    waves = [(log.losses, log.steps, log.tokens) for log in logs]
+    results = self._snapshot(waves, self._engine.mesh), self._snapshot(trust, self._engine.home)
 
     def make(found: Any) -> None:
       waves, trust = found
@@ -230,14 +231,14 @@ class Ledger:
     self._outstanding.append(_Entry(activity, results, make))
     self.settle(OUTSTANDING)
 
-  def _snapshot(self, results: Any) -> Any:
-    return distributed.snapshot(results, self._engine.mesh)
+  def _snapshot(self, results: Any, mesh: jax.sharding.Mesh) -> Any:
+    return None if results is None else distributed.snapshot(results, mesh)
 
   def _put_scores(self, level: int, evaluation: Evaluation, mask: np.ndarray, found: Any,
                   enter: Callable[[dict[str, Score]], None]) -> None:
     if not found:  # nobody was to be scored
       return
-    places, losses = [rows for rows, _ in found], self._snapshot([losses for _, losses in found])
+    places, losses = [rows for rows, _ in found], self._snapshot([losses for _, losses in found], self._engine.mesh)
     members, scored = self._federation.levels[level], mask & (evaluation.counts > 0)
 
     def make(losses: list[jax.Array]) -> None:
