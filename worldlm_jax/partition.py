@@ -128,7 +128,7 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
 def piece_bytes() -> int:
   """How much of many long rows is worked on at a time: on CPUs what stays in their caches."""
-  return 2**21 if jax.default_backend() == "cpu" else 2**28
+  return 2**18 if jax.default_backend() == "cpu" else 2**28
 
 
 def split(axis: str, *sizes: int) -> str | None:

@@ -23,7 +23,7 @@ class LevelState(NamedTuple):
   params: model.Params  # {"backbone", "key_layers"}, leaves [N, ...]
   opt_state: trees.PyTree  # the local optimizer's moments
   server: trees.PyTree  # the server optimizer's state; only where the level has federations
-  update: trees.PyTree  # by part of the model: what has changed since the last down-phase, leaves [N, ...]
+  update: trees.PyTree  # by part of the model: what has changed since the last down-phase, if `fresh`; leaves [N, ...]
   handed: trees.PyTree  # by part: the parent's model as it arrived, leaves [N, ...]; None where nothing is rounded
   errors: trees.PyTree  # by message: what has not arrived yet, leaves [N, ...]; None too (see algorithms/edges.py)
   residuals: residuals.Residuals | None  # sent up by the level's federations, [N, R, M, ...]
@@ -37,6 +37,11 @@ class LevelState(NamedTuple):
 
 
 State = tuple[LevelState, ...]
+
+
+def news(level: LevelState) -> trees.PyTree:
+  """`LevelState.update` where it is fresh, zeros elsewhere: a down-phase clears no arrays, since that takes a copy."""
+  return trees.where(level.fresh, level.update, trees.zeros_like(level.update))
 
 
 class Topology(NamedTuple):

@@ -19,6 +19,7 @@ from worldlm_jax.algorithms.rules import Ascent, Descent, Log, NodeInputs
 from worldlm_jax.config import KeyLayerConfig
 from worldlm_jax.exchange import attend, residuals as residuals_lib
 from worldlm_jax.exchange.residuals import Residuals
+from worldlm_jax.state import news
 
 
 class AttendLayers(NamedTuple):
@@ -48,13 +49,13 @@ class AttendLayers(NamedTuple):
       mixed, accepted = self._accept(own, mixed, node, backbone)
       from_parent = jnp.arange(mask_SxM.shape[0]) == 1
       weights = jnp.where(takes, jnp.float32(from_parent)[:, None], weights)
-      mixed = trees.where(takes, parents, mixed)
+      mixed = trees.where(node.active, trees.where(takes, parents, mixed), own)
       log |= {"hands_key_layers": jnp.bool_(True), "weights": weights, "accepted": accepted}
       return mixed, received if level.received is not None else None, log
 
     # Rounded, a node goes on from its layers as its parent knows them, lest the parent mix other ones than it has.
     mixed, received, log = jax.vmap(one)(
-      descent.nodes, descent.takes, level.params["key_layers"], level.update["key_layers"],
+      descent.nodes, descent.takes, level.params["key_layers"], news(level)["key_layers"],
       topology.parent if descent.handed is None else descent.handed, eligible_NxP, descent.backbone,
     )
     return mixed, received, None, log

@@ -60,21 +60,25 @@ class AttendUpdates(NamedTuple):
 
     rounds = descent.handed is not None
 
-    def on_device(base, update, theirs, above_update, pools, takes, relatives, offered):
+    def on_device(base, update, fresh, theirs, above_update, above_fresh, pools, takes, active, relatives, offered):
       from_above = links.broadcast(topology.num_parents, _num_rows(above_update))
       sources = [rows.Source(update, topology.neighbours.fetch), rows.Source(above_update, from_above)]
+      news = [topology.neighbours.fetch(jnp.int32(fresh)), from_above(jnp.int32(above_fresh))]
       for pool, layers in zip(descent.pools, pools, strict=True):
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers)
         num_real = pool.num_real * pool.residuals.present.shape[1]
         sources.append(rows.Source(flat, links.broadcast(num_real, _num_rows(flat))))
+        news.append(jnp.ones(num_real, jnp.int32))
       gram = rows.gram(sources)
-      counts_X = jnp.all(jnp.isfinite(jnp.diagonal(gram, axis1=2, axis2=3)), axis=(0, 1))
+      counts_X = jnp.all(jnp.isfinite(jnp.diagonal(gram, axis1=2, axis2=3)), axis=(0, 1)) & (jnp.concatenate(news) > 0)
+      gram = jnp.where(counts_X[:, None] & counts_X[None, :], gram, 0.0)
       first_parent = len(takes) * topology.neighbours.num_blocks
 
       def choose(n, relatives):
         return self._choose(gram, counts_X, n, relatives, offered, first_parent, topology.num_parents)
 
       coefficients_NxTxMxX, routed, log = jax.vmap(choose)(jnp.arange(len(takes)), relatives)
+      coefficients_NxTxMxX = jnp.where(active[:, None, None, None], coefficients_NxTxMxX, 0.0)
       instead = rows.Instead(rows.Source(theirs, from_above), relatives.parent, takes)
       if rounds:
         instead = rows.Instead(rows.Source(theirs, lambda rows: rows), jnp.arange(len(takes)), takes)
@@ -85,14 +89,15 @@ class AttendUpdates(NamedTuple):
     run = links.on_devices(on_device, topology.mesh, num_everywhere=1)
     own, pools = descent.own, [pool.residuals.layers for pool in descent.pools]
     mixed, layers, log = run(
-      trees.zeros_like(own) if rounds else own, level.update["key_layers"],
-      descent.handed if rounds else above.params["key_layers"], above.update["key_layers"], pools, descent.takes,
-      relatives, offered,
+      trees.zeros_like(own) if rounds else own, level.update["key_layers"], level.fresh,
+      descent.handed if rounds else above.params["key_layers"], above.update["key_layers"], above.fresh, pools,
+      descent.takes, descent.nodes.active, relatives, offered,
     )
     error = None
     if rounds:
       before = level.errors["addition"]
       mixed, error = trees.where(descent.takes, (mixed, before), edges.added(own, mixed, before, descent.payload))
+      mixed = trees.where(descent.nodes.active, mixed, own)
     received = None
     if level.received is not None:
       present = log["routed_origin"] >= 0

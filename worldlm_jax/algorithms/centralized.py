@@ -8,7 +8,7 @@ before, so that it has a personalised score too (see `federation.pooled`).
 """
 
 from worldlm_jax import model
-from worldlm_jax.algorithms.rules import Algorithm, BackboneRule, KeptKeyLayers
+from worldlm_jax.algorithms.rules import Algorithm, BackboneRule, KeptKeyLayers, take_over
 from worldlm_jax.config import Config
 from worldlm_jax.federation import Federation, pooled
 
@@ -17,5 +17,5 @@ arrange, has_key_layers = pooled, False
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
   """The pair of rules."""
-  handed_out = BackboneRule(lambda own, parents, takes: parents, lambda own, server, *members: (own, server))
+  handed_out = BackboneRule(take_over, lambda own, server, *members: (own, server))
   return Algorithm(handed_out, KeptKeyLayers(), shares=())

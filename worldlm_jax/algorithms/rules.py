@@ -15,7 +15,7 @@ from worldlm_jax.algorithms import edges
 from worldlm_jax.config import BackboneConfig
 from worldlm_jax.exchange import backbone as backbone_lib, relevance
 from worldlm_jax.exchange.residuals import Residuals
-from worldlm_jax.state import LevelState, Topology
+from worldlm_jax.state import LevelState, Topology, news
 
 Log = dict[str, jax.Array]
 
@@ -45,7 +45,7 @@ class PhaseInputs(NamedTuple):
 class BackboneRule(NamedTuple):
   """How backbones go down and up."""
 
-  receive: Any  # (own [N, ...], parents' [N, ...], bool [N]: who takes the parent's as it is) -> [N, ...]
+  receive: Any  # (own [N, ...], parents' [N, ...], bool [N]: who takes the parent's as it is) -> [N, ...], else own
   merge: Any  # (own [P, ...], server state, level of members, their shares [C, P], mesh) -> both new
 
 
@@ -95,7 +95,10 @@ class KeyLayerRule(Protocol):
   """How key layers go down and up. Logs are small arrays for the records, leaves `[N, ...]`."""
 
   def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
-    """New key layers, the residual layers each node received, the error of what was added (or None), and the log."""
+    """New key layers, the residual layers each node received, the error of what was added (or None), and the log.
+
+    Nodes that are not active keep the key layers they have; the rest of what it gives for them is not looked at.
+    """
 
   def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
     """New key layers, new updates, the residual layers each federation sends up, and the log."""
@@ -130,6 +133,11 @@ class KeptKeyLayers(NamedTuple):
     return ascent.level.params["key_layers"], {}, ascent.level.residuals, {}
 
 
+def take_over(own: trees.PyTree, parents: trees.PyTree, takes: jax.Array) -> trees.PyTree:
+  """A `BackboneRule.receive`: the parent's for those who take it."""
+  return trees.where(takes, parents, own)
+
+
 def averaged(config: BackboneConfig) -> BackboneRule:
   """The members' weighted mean, applied by the server optimizer; members receive their federation's backbone."""
   server = backbone_lib.server_optimizer(config)
@@ -141,7 +149,7 @@ def averaged(config: BackboneConfig) -> BackboneRule:
       difference = backbone_lib.mean_difference(own, below.params["backbone"], shares, mesh)
     return backbone_lib.apply_server_optimizer(server, own, state, difference)
 
-  return BackboneRule(lambda own, parents, takes: parents, merge)
+  return BackboneRule(take_over, merge)
 
 
 def down(
@@ -166,23 +174,23 @@ def down(
     if algorithm.goes_own_way:
       level = level._replace(relevance=_measured_relevance(known, above, topology, nodes, phase))
   begun = level._replace(
-    update=trees.zeros_like(level.update), handed=handed, errors=known.errors,
+    handed=handed, errors=known.errors,
     own_weight=jnp.zeros_like(level.own_weight), weight=jnp.zeros_like(level.weight),
     trained=jnp.zeros_like(level.trained), fresh=jnp.zeros_like(level.fresh),
   )
   if above is None:
-    return trees.where(nodes.active, begun, level), {}
+    return _where_active(nodes, begun, level), {}
   if handed is None:
     parents = links.take_parents(above.params["backbone"], topology.parent, topology.num_parents, topology.mesh)
   else:
     parents = handed["backbone"]
-  takes = _takes(level, nodes, nodes.backbone_independence, phase)
+  takes = _takes(algorithm, level, nodes, nodes.backbone_independence, phase)
   backbone = algorithm.backbone.receive(level.params["backbone"], parents, takes)
   key_layers, received = level.params["key_layers"], level.received
   needs_all = algorithm.trusts or not algorithm.goes_own_way
   log: Log = {"hands_backbone": takes | needs_all}
   if key_layers:
-    takes = _takes(level, nodes, nodes.key_layer_independence, phase)
+    takes = _takes(algorithm, level, nodes, nodes.key_layer_independence, phase)
     pools = _pools(level, above, deeper, topology, phase)
     key_layers, received, error, key_log = algorithm.key_layers.receive(Descent(
       known, key_layers, above, handed and handed.get("key_layers"), backbone, pools, takes, topology, nodes, phase,
@@ -192,7 +200,7 @@ def down(
     if error is not None:
       begun = begun._replace(errors=begun.errors | {"addition": error})
   after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
-  return trees.where(nodes.active, after, level), log
+  return _where_active(nodes, after, level)._replace(params=after.params), log
 
 
 def up(
@@ -212,6 +220,7 @@ def up(
     phase: the round.
   """
   below = edges.as_known(below, algorithm.payload)
+  level = level._replace(update=news(level))
   weight = jnp.where(below_active & nodes.active[topology_below.parent], below.weight, 0.0)
   gained = jax.ops.segment_sum(weight, topology_below.parent, level.weight.shape[0])
   own_weight = jnp.where(level.trained, level.own_weight, 0.0)
@@ -238,9 +247,21 @@ def up(
   return trees.where(nodes.active & (gained > 0), after, level), log  # where nobody trained, nothing is merged
 
 
-def _takes(level: LevelState, nodes: NodeInputs, independence: jax.Array, phase: PhaseInputs) -> jax.Array:
+def _takes(
+  algorithm: Algorithm, level: LevelState, nodes: NodeInputs, independence: jax.Array, phase: PhaseInputs
+) -> jax.Array:
   """Who takes the parent's part of the model as it is: bool `[N]`."""
-  return relevance.shares(level.relevance, nodes.epochs, independence, phase.round_index, phase.num_rounds)
+  if not algorithm.goes_own_way:
+    return nodes.active
+  shares = relevance.shares(level.relevance, nodes.epochs, independence, phase.round_index, phase.num_rounds)
+  return nodes.active & shares
+
+
+def _where_active(nodes: NodeInputs, after: LevelState, before: LevelState) -> LevelState:
+  """What `down` leaves: the rest as it was before. Rules see to parameters themselves, in place; updates stay."""
+  kept = {"params": None, "update": None}
+  chosen = trees.where(nodes.active, after._replace(**kept), before._replace(**kept))
+  return chosen._replace(params=before.params, update=before.update)
 
 
 def _measured_relevance(

@@ -12,10 +12,10 @@ attention over layers (`attend_layers.py`) the memory is {K_q, K_p}, and {K_c} +
 where it takes the place of the mean.
 """
 
-from worldlm_jax import model, trees
+from worldlm_jax import model
 from worldlm_jax.algorithms.attend_layers import AttendLayers
 from worldlm_jax.algorithms.attend_updates import AttendUpdates
-from worldlm_jax.algorithms.rules import Algorithm, BackboneRule
+from worldlm_jax.algorithms.rules import Algorithm, BackboneRule, take_over
 from worldlm_jax.config import Config
 from worldlm_jax.exchange import backbone as backbone_lib
 from worldlm_jax.federation import Federation, as_given
@@ -28,9 +28,6 @@ def make(config: Config, arch: model.Architecture, federation: Federation) -> Al
   """The pair of rules."""
   server = backbone_lib.server_optimizer(config.backbone)
 
-  def receive(own, parents, takes):
-    return trees.where(takes, parents, own)
-
   def merge(own, state, below, shares, mesh):
     num_rows = own["final_norm"].shape[0]
     mean = sum_members(below.update["backbone"], shares, num_rows, mesh)
@@ -40,7 +37,7 @@ def make(config: Config, arch: model.Architecture, federation: Federation) -> Al
   trusts = any(member.settings.trust == "validated" for member in federation.members)
   attend = AttendUpdates if config.key_layers.values == "updates" else AttendLayers
   return Algorithm(
-    BackboneRule(receive, merge), attend(config.key_layers, arch, any_validated), shares=("backbone", "key_layers"),
+    BackboneRule(take_over, merge), attend(config.key_layers, arch, any_validated), shares=("backbone", "key_layers"),
     tracks=("backbone", "key_layers"), weights=config.backbone.weights,
     needs_validation=trusts or any_validated or config.key_layers.similarity == "validation_loss", trusts=trusts,
     goes_own_way=True,

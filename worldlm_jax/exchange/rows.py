@@ -66,19 +66,23 @@ def combine(
 
   def one(out: jax.Array, stack: tuple[jax.Array, ...], c_MxNxX: jax.Array, other: jax.Array) -> jax.Array:
     count = _num_pieces((out, *stack))
+    shape = out.shape
 
     def write(j: jax.Array, out: jax.Array) -> jax.Array:
       m, i = j // count, j % count
       piece = jnp.where(counts_X[:, None], _piece(stack, sources, m, i, count), 0.0)
       added = jnp.matmul(c_MxNxX[m], piece, precision=jax.lax.Precision.HIGHEST)
-      mixed = _cut(out, m, i, count)
+      size = 1 if count == 1 else piece.shape[1]
+      mixed = jax.lax.dynamic_slice_in_dim(out, j * size, size, 1)
       mixed += added.reshape(mixed.shape)
       if instead is not None:
         taken = instead.source.fetch(_cut(other, m, i, count))[instead.place]
-        mixed = trees.where(instead.takes, taken, mixed)
-      return _put(out, mixed, m, i, count)
+        mixed = trees.where(instead.takes, taken.reshape(mixed.shape), mixed)
+      return jax.lax.dynamic_update_slice_in_dim(out, mixed, j * size, 1)
 
-    return jax.lax.fori_loop(0, out.shape[1] * count, write, out)
+    # Flat throughout: where its shape changes within the loop, all of it is copied for every piece.
+    begin = out if count == 1 else out.reshape(len(out), -1)
+    return jax.lax.fori_loop(0, shape[1] * count, write, begin).reshape(shape)
 
   found = [one(*parts) for parts in zip(leaves, stacks, coefficients_TxMxNxX, others, strict=True)]
   return jax.tree.unflatten(structure, found)
@@ -97,14 +101,6 @@ def _cut(leaf: jax.Array, m: Any, i: Any, count: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, m, 1, keepdims=False)
   size = leaf[0, 0].size // count
   return jax.lax.dynamic_slice(leaf.reshape(len(leaf), -1), (0, (m * count + i) * size), (len(leaf), size))
-
-
-def _put(leaf: jax.Array, piece: jax.Array, m: Any, i: Any, count: int) -> jax.Array:
-  """The inverse of `_cut`."""
-  if count == 1:
-    return jax.lax.dynamic_update_index_in_dim(leaf, piece, m, 1)
-  flat = jax.lax.dynamic_update_slice(leaf.reshape(len(leaf), -1), piece, (0, (m * count + i) * piece.shape[1]))
-  return flat.reshape(leaf.shape)
 
 
 def _num_pieces(stack: tuple[jax.Array, ...]) -> int:
