@@ -35,6 +35,19 @@ class NodeSettings:
   trust: str = "validated"  # validated | full: how far its model follows its own training (see exchange/trust.py)
   acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
   max_train_bytes: int = 0  # train on a sample of the node's documents, at most so large; 0: on all of them
+  # Differential privacy (docs/privacy.md). First of updates, so of the node's whole text: where they are protected,
+  privacy: str = "none"  # none | local: before they leave the node | central: in its federation's mean
+  privacy_clip: float = math.inf  # the largest norm that an update may have; where it adapts, the first one
+  privacy_clip_by: str = "model"  # model | layer: what is clipped at a time, layers to equal shares of the norm
+  privacy_noise: float = 0.0  # noise multiplier: the noise's standard deviation in each value, in clips
+  privacy_quantile: float = 0.0  # the clip moves until so large a share of the updates is under it; 0: it is fixed
+  privacy_quantile_noise: float = 4.0  # noise multiplier of that share
+  privacy_quantile_rate: float = 0.2  # how far the clip's logarithm moves in a round, times the share that is missing
+  privacy_delta: float = 1e-5  # for which epsilon is told
+  privacy_budget: float = math.inf  # the largest epsilon; the node trains no further once the next time would exceed it
+  # And then of examples (DP-SGD): of windows or, with packing=documents, of documents.
+  example_clip: float = math.inf  # the largest norm of an example's gradient
+  example_noise: float = 0.0  # noise multiplier of each step
 
 
 @dataclasses.dataclass(slots=True)

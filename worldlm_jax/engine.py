@@ -19,6 +19,7 @@ from worldlm_jax.config import Config
 from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.exchange import trust as trust_lib
 from worldlm_jax.federation import Federation
+from worldlm_jax.privacy import examples as examples_lib, policy, release
 
 SCORE_BATCH = 32  # windows per forward pass when scoring, unless their logits are too many
 SCORE_LOGITS = 2**26
@@ -71,6 +72,9 @@ class Engine:
     logits_per_window = config.data.sequence_length * arch.vocab_size
     self._score_batch = int(np.clip(SCORE_LOGITS // logits_per_window, 1, SCORE_BATCH))
     self._nodes = [self._constants(level) for level in range(len(federation.levels))]
+    self._protects = policy.any_updates(federation) or policy.any_examples(federation)
+    levels = range(len(federation.levels)) if self._protects else ()
+    self._guards = [policy.guards(federation, level, config.seed) for level in levels]
     self.compile_seconds = 0.0
     self._compiled: dict[tuple, Callable] = {}
 
@@ -122,15 +126,19 @@ class Engine:
     """The up-phase of `step.level`; `members_active` says who of the level below took part."""
     level = step.level
 
-    def phase(own, below, members_active, nodes, phase):
+    def phase(own, below, members_active, nodes, phase, guards):
       return rules.up(
-        self.algorithm, self.topologies[level], own, below, members_active, self.topologies[level + 1], nodes, phase
+        self.algorithm, self.topologies[level], own, below, members_active, self.topologies[level + 1], nodes, phase,
+        guards and rules.Guards(*guards),
       )
 
+    guards = None
+    if self.algorithm.shares and policy.any_central(self.federation):
+      guards = [jax.tree.map(functools.partial(self._pad, i), self._guards[i]) for i in (level, level + 1)]
     new, log = self._call(
       ("up", level), phase, state[level], state[level + 1], self._pad(level + 1, members_active),
       self._inputs(level, step.active, "up"),
-      self._phase(step, round_index), mesh=self.home,
+      self._phase(step, round_index), guards, mesh=self.home,
     )
     return _with_level(state, level, new), log
 
@@ -144,6 +152,7 @@ class Engine:
     # What training does not touch stays behind.
     slim = whole._replace(server=(), handed=None, errors=None, residuals=None, received=None)
     work = jax.tree.map(functools.partial(self._pad_host, level), work)
+    guards = jax.tree.map(functools.partial(self._pad_host, level), self._guards[level]) if self._protects else None
     waves, logs = list(self._waves(level)), []
     ahead = self.home is not self.mesh
     fetched, trained = None, None
@@ -152,7 +161,8 @@ class Engine:
       wave_work = jax.tree.map(lambda leaf, rows=rows: leaf[rows], work)
       wave_work = wave_work._replace(steps=np.where(new, wave_work.steps, 0))
       name = ("train", *wave_work.windows.shape)
-      wave, found = self._call(name, self._train_phase, wave, self._put(wave_work, self.mesh))
+      wave_guards = jax.tree.map(lambda leaf, rows=rows: leaf[rows], guards)
+      wave, found = self._call(name, self._train_phase, wave, *self._put((wave_work, wave_guards), self.mesh))
       wave = self._settled(_handed(state, level), level, wave, start, rows, wave_work.steps > 0)
       logs.append(WaveLog(rows[new], *(array[new] for array in found)))
       if trained:
@@ -240,11 +250,15 @@ class Engine:
     return self._moved(found)
 
   def _train_phase(
-    self, own: state_lib.LevelState, work: local.Workload
+    self, own: state_lib.LevelState, work: local.Workload, guards: release.Guard | None
   ) -> tuple[state_lib.LevelState, tuple[jax.Array, jax.Array, jax.Array]]:
-    trained = local.train_nodes(self.arch, self.config.optimizer, self.mesh, own.params, own.opt_state, work)
+    examples = examples_lib.of(guards, own.private) if policy.any_examples(self.federation) else None
+    trained = local.train_nodes(self.arch, self.config.optimizer, self.mesh, own.params, own.opt_state, work, examples)
     took_part = trained.steps > 0
     moved = {part: trees.subtract(trained.params[part], own.params[part]) for part in self.algorithm.tracks}
+    if guards is not None:
+      trained, moved, private = self._released(trained, moved, own.private, guards)
+      own = own._replace(private=trees.where(took_part, private, own.private))
     weight = jnp.where(took_part, work.weight, 0.0) if self.algorithm.weights == "text" else jnp.float32(trained.tokens)
     new = own._replace(
       params=trained.params, opt_state=trained.opt_state, update=trees.where(took_part, moved, own.update),
@@ -252,6 +266,19 @@ class Engine:
       trained=own.trained | took_part, fresh=own.fresh | took_part,
     )
     return new, (trained.losses, trained.steps, trained.tokens)
+
+  def _released(
+    self, trained: local.Trained, moved: trees.PyTree, private: release.Private, guards: release.Guard
+  ) -> tuple[local.Trained, trees.PyTree, release.Private]:
+    """Training as it goes on from here: with what is released of the updates in their place."""
+    if not (self.algorithm.tracks and policy.any_updates(self.federation)):
+      return trained, moved, private._replace(count=private.count + 1)
+    moved, private = partition.per_device(jax.vmap(release.release), self.mesh)(moved, private, guards)
+    # What a federation hands down to its members leaves it too, so it goes on from its release.
+    gives_up = trees.where(guards.hands_down, private.withheld, trees.zeros_like(private.withheld))
+    params = {part: trees.subtract(trained.params[part], gives_up[part]) for part in gives_up}
+    private = private._replace(withheld=trees.subtract(private.withheld, gives_up))
+    return trained._replace(params=trained.params | params), moved, private
 
   def score(
     self, state: state_lib.State, level: int, evaluation: Evaluation, mask: np.ndarray

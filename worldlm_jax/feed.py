@@ -4,17 +4,22 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from worldlm_jax import local, schedule
 from worldlm_jax.config import Config
+from worldlm_jax.data import poisson
 from worldlm_jax.data.batches import NodeBatches, NodeText, PooledBatches
-from worldlm_jax.federation import Federation
+from worldlm_jax.federation import Federation, Member
+from worldlm_jax.privacy import policy
+
+Batches = NodeBatches | PooledBatches | poisson.PoissonBatches
 
 
 def workload(
-  federation: Federation, step: schedule.Step, batches: Mapping[str, NodeBatches | PooledBatches],
+  federation: Federation, step: schedule.Step, batches: Mapping[str, Batches],
   rates: Mapping[str, np.ndarray], positions: Mapping[str, int], shape: tuple[int, int, int],
   text_tokens: Mapping[str, int],
 ) -> local.Workload:
@@ -37,26 +42,27 @@ def workload(
     if step.active[i]:
       count, start = member.settings.local_steps, positions[member.path]
       if member.path in batches:  # otherwise another process has its text, and puts its windows in place
-        windows[i, :count, : member.settings.batch_size] = batches[member.path].batches(start, count)
+        windows[i, :count, : _places(member)] = batches[member.path].batches(start, count)
       learning_rates[i, :count] = rates[member.path][start : start + count]
       steps[i] = count
   return local.Workload(
     windows, learning_rates, steps,
-    np.array([member.settings.batch_size for member in members], np.int32),
+    np.array([_places(member) for member in members], np.int32),
     np.array([member.settings.weight_decay for member in members], np.float32),
     np.array([member.settings.clip_norm for member in members], np.float32),
     np.array([text_tokens.get(member.path, 0) for member in members], np.float32),
   )
 
 
-def batches(federation: Federation, texts: Mapping[str, NodeText], seed: int) -> dict[str, NodeBatches | PooledBatches]:
+def batches(federation: Federation, texts: Mapping[str, NodeText], seed: int) -> dict[str, Batches]:
   """The batches of every node that has a text here, and of a root that trains on everybody's if all are here."""
-  own = {
-    m.path: NodeBatches(texts[m.path].train, m.settings.batch_size, seed, m.path)
-    for m in federation.members if m.path in texts
+  own: dict[str, Any] = {
+    m.path: (poisson.PoissonBatches if policy.protects_examples(m.settings) else NodeBatches)(
+      texts[m.path].train, m.settings.batch_size, seed, m.path
+    ) for m in federation.members if m.path in texts
   }
   if not federation.is_pooled or not own.keys() >= set(federation.root.pools):
-    return dict(own)
+    return own
   parts = [(own[path], federation.by_path[path].settings.local_steps) for path in federation.root.pools]
   return own | {federation.root.path: PooledBatches(parts, federation.root.settings.batch_size)}
 
@@ -103,9 +109,15 @@ def workload_shape(
   members = federation.levels[level] if federation.is_pooled else federation.members
   training = [m.settings for m in members if m.trains]
   steps = max((settings.local_steps for settings in training), default=1)
-  batch = max((settings.batch_size for settings in training), default=1)
+  batch = max((_places(m) for m in members if m.trains), default=1)
   micro = min(microbatch_size, batch) or batch
   return steps, -(-batch // micro) * micro, sequence_length + 1
+
+
+def _places(member: Member) -> int:
+  """How many windows a batch of the node's has at most."""
+  size = member.settings.batch_size
+  return poisson.places(size) if policy.protects_examples(member.settings) else size
 
 
 class Feed:

@@ -19,6 +19,7 @@ import numpy as np
 from worldlm_jax import distributed, engine as engine_lib, fairness, local, progress, records, schedule
 from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.federation import Federation, Member
+from worldlm_jax.privacy import policy
 from worldlm_jax.scoring import Score
 from worldlm_jax.texts import Texts
 
@@ -38,6 +39,7 @@ class Progress:
   losses: dict[str, float] = dataclasses.field(default_factory=dict)  # last personalised valid loss, by node
   best: dict[str, float] = dataclasses.field(default_factory=dict)  # valid loss of the model that `test` scores
   test: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # personalised, by node
+  private: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # [releases, steps of DP-SGD], by node
   bytes: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # [down, up] so far, by node
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -261,13 +263,22 @@ class Ledger:
     self.now.positions[path] = position + count
     counts_here = path in self._texts.first and (member.pools or not self._federation.is_pooled)
     if counts_here:  # below a pool, the model has seen these windows
-      seen = work.windows[row, :count, : member.settings.batch_size]
+      seen = work.windows[row, :count, : work.batch_size[row]]
       self._windows = (self._windows + fairness.windows(seen)) % 2**64
     self.now.tokens[path] = self.now.tokens.get(path, 0) + tokens
     if count:
       records.add_training(entry, losses_S[:count])
+      self._book_privacy(member, count)
     if trust is not None:
       entry["trust"] = trust
+
+  def _book_privacy(self, member: Member, steps: int) -> None:
+    """A training that happened: what left the node by it, if it is protected. One that did not, costs nothing."""
+    releases = bool(self._engine.algorithm.shares) and policy.protects_updates(member.settings)
+    examples = policy.protects_examples(member.settings)
+    if releases or examples:
+      before = self.now.private.get(member.path, [0, 0])
+      self.now.private[member.path] = [before[0] + releases, before[1] + steps * examples]
 
   def _fail(self, what: str, path: str, index: int, where: str) -> None:
     self.failure = self.failure or Failure(what, path, index, where)

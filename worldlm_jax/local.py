@@ -20,6 +20,7 @@ import optax
 
 from worldlm_jax import model, partition, trees
 from worldlm_jax.config import NodeSettings, OptimizerConfig
+from worldlm_jax.privacy import examples as examples_lib
 
 
 class Workload(NamedTuple):
@@ -82,12 +83,13 @@ def optimizer(
 
 def train_node(
   arch: model.Architecture, config: OptimizerConfig, params: model.Params, opt_state: trees.PyTree, work: Workload,
-  most_steps: jax.Array | None = None,
+  most_steps: jax.Array | None = None, examples: examples_lib.Examples | None = None,
 ) -> Trained:
   """Runs `work.steps` optimizer steps on one node. Pure; shapes as in `Workload`.
 
   The loop ends with the node's last step, unless `most_steps` (int32 scalar, at least `work.steps`) says how many times
-  it runs: devices that work on one node together talk within the loop, in which all have to stay together.
+  it runs: devices that work on one node together talk within the loop, in which all have to stay together. With
+  `examples`, the gradient of each window is clipped by itself and the sum noised (DP-SGD).
   """
   tx = optimizer(config, work.clip_norm, work.weight_decay)
   if config.moments == "reset":
@@ -102,6 +104,9 @@ def train_node(
 
     def part(first: Any, windows: jax.Array) -> tuple[jax.Array, model.Params]:
       rows_B = first + jnp.arange(windows.shape[0]) < work.batch_size
+      if examples is not None:
+        loss = functools.partial(model.loss_sum, arch)
+        return examples_lib.clipped_gradients(loss, params, windows, rows_B, examples)
       return jax.value_and_grad(lambda p: model.loss_sum(arch, p, windows, rows_B))(params)
 
     def add(i: jax.Array, total: tuple[jax.Array, model.Params]) -> tuple[jax.Array, model.Params]:
@@ -116,7 +121,11 @@ def train_node(
     i, _, params, state, losses_S, tokens = carry
     loss, grads = gradient(params, work.windows[i])
     num_tokens = model.num_targets(work.windows[i], jnp.arange(max_batch) < work.batch_size)
-    grads = jax.tree.map(lambda g: g / num_tokens, grads)
+    if examples is None:
+      grads = jax.tree.map(lambda g: g / num_tokens, grads)
+    else:  # of a sample of examples there may be none
+      num_tokens = jnp.maximum(num_tokens, 1)
+      grads = examples_lib.noised_mean(grads, num_tokens, examples, i)
     if config.proximal:  # T. Li et al., arXiv:1812.06127
       grads = jax.tree.map(lambda g, p, p0: g + config.proximal * (p - p0), grads, params, begun_from)
     updates, new_state = tx.update(grads, state, params)
@@ -141,7 +150,7 @@ def train_node(
 
 def train_nodes(
   arch: model.Architecture, config: OptimizerConfig, mesh: jax.sharding.Mesh,
-  params: model.Params, opt_state: trees.PyTree, work: Workload,
+  params: model.Params, opt_state: trees.PyTree, work: Workload, examples: examples_lib.Examples | None = None,
 ) -> Trained:
   """Trains nodes side by side: leaves `[N, ...]`, N a multiple of the mesh's node axis.
 
@@ -149,15 +158,20 @@ def train_nodes(
   devices; nodes with 0 steps come back as they were.
   """
 
-  def train_share(params: model.Params, opt_state: trees.PyTree, work: Workload) -> Trained:
+  def train_share(
+    params: model.Params, opt_state: trees.PyTree, work: Workload, examples: examples_lib.Examples | None
+  ) -> Trained:
     most_steps = jax.lax.pmax(jnp.max(work.steps), partition.NODE) if partition.is_spread() else None
-    train = functools.partial(train_node, arch, config, most_steps=most_steps)
-    if work.steps.shape[0] > 1:
-      return jax.vmap(train)(params, opt_state, work)
-    # A single node is spared what vmap adds to a loop: a choice between the old and the new state at each step.
-    return jax.tree.map(lambda leaf: leaf[None], train(*trees.take((params, opt_state, work), 0)))
 
-  return partition.per_device(train_share, mesh)(params, opt_state, work)
+    def train(params: model.Params, opt_state: trees.PyTree, work: Workload, examples: Any) -> Trained:
+      return train_node(arch, config, params, opt_state, work, most_steps, examples)
+
+    if work.steps.shape[0] > 1:
+      return jax.vmap(train)(params, opt_state, work, examples)
+    # A single node is spared what vmap adds to a loop: a choice between the old and the new state at each step.
+    return jax.tree.map(lambda leaf: leaf[None], train(*trees.take((params, opt_state, work, examples), 0)))
+
+  return partition.per_device(train_share, mesh)(params, opt_state, work, examples)
 
 
 def _is_decayed(params: model.Params) -> trees.PyTree:

@@ -20,7 +20,7 @@ import sys
 import jax
 from absl import app, flags
 
-from worldlm_jax import checks, command, distributed, plan, progress, train
+from worldlm_jax import checks, command, distributed, plan, progress, spending, train
 from worldlm_jax.planning import machines
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.")
@@ -52,7 +52,8 @@ def main(_: list[str]) -> int:
   except (OSError, jax.errors.JaxRuntimeError) as error:
     return distributed.leave(command.failed(error))
   if distributed.is_lead():
-    print(progress.closing_lines(summary, str(_WORKDIR.value)))
+    private = spending.closing_lines(summary.get("privacy", {}))
+    print("\n".join([progress.closing_lines(summary, str(_WORKDIR.value)), *private]))
   return command.OK
 
 

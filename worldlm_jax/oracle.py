@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from worldlm_jax import local, model, plain, schedule
+from worldlm_jax import local, model, oracle_privacy, plain, schedule
 from worldlm_jax.config import Config, OptimizerConfig
 from worldlm_jax.exchange import backbone as backbone_lib, relevance, trust
 from worldlm_jax.federation import Federation, Member
 from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared
 from worldlm_jax.plain import Layers
+from worldlm_jax.privacy import policy
 
 
 class Oracle:
@@ -53,6 +54,7 @@ class Oracle:
     self.shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["key_layers"])]
     self.num_layers = arch.num_key_layers
     self._step = jax.jit(functools.partial(_optimizer_step, arch, config.optimizer))
+    self._one_gradient = jax.jit(jax.grad(lambda p, windows_1xW: _loss(arch, p, windows_1xW)))
     self.server = backbone_lib.server_optimizer(config.backbone)
     self.nodes = {
       m.path: NodeState(
@@ -62,12 +64,15 @@ class Oracle:
       )
       for m in federation.members
     }
-    self.rounds = config.payload != "float32"
+    self.rounds, self.seed = config.payload != "float32", config.seed
+    self.releases, self.noises_means = policy.any_updates(federation), policy.any_central(federation)
     self.edge = Edge(config.payload, [shape[-1] for shape in self.shapes])
     for node in self.nodes.values():
       zeros = node.backbone_update, node.update
       node.handed, node.errors, node.addition_error = (node.backbone, node.key_layers), zeros, node.update
       node.withheld = zeros
+    for member in federation.members:
+      self.nodes[member.path].clip = member.settings.privacy_clip
     self.children: dict[str, list[Member]] = {m.path: [] for m in federation.members}
     for member in federation.members[1:]:
       self.children[str(member.parent)].append(member)
@@ -109,6 +114,8 @@ class Oracle:
         self.edge.hand_down(node, above.backbone, above.key_layers)
       else:
         node.handed = above.backbone, above.key_layers
+      if settings.privacy == "central" and settings.privacy_quantile and q.trains:
+        node.clip = above.clip
       if relevance.shares(*known, jnp.float32(settings.backbone_independence), *now):
         node.backbone = node.handed[0]
       if self.num_layers:
@@ -151,15 +158,19 @@ class Oracle:
     before, predicted = dataclasses.replace(node), 0
     if self.config.optimizer.moments == "reset":
       node.opt_state = local.optimizer(self.config.optimizer).init(params)
-    for _ in range(settings.local_steps):
+    for step in range(settings.local_steps):
       windows = self.batch(q.path, node.step)[: settings.batch_size]
       rates = self.learning_rate(q.path, node.step), settings.clip_norm, settings.weight_decay
-      params, node.opt_state = self._step(params, node.opt_state, windows, *rates)
+      gradient = oracle_privacy.example_gradient(self._one_gradient, q, node, self.seed, params, windows, step)
+      params, node.opt_state = self._step(params, node.opt_state, windows, *rates, gradient)
       node.step += 1
       predicted += int(np.count_nonzero(windows[:, 1:] >= 0))
     node.backbone, node.key_layers = params["backbone"], self._to_lists(params["key_layers"])
     node.update = plain.combine([node.key_layers, before.key_layers], [1.0, -1.0])
     node.backbone_update = jax.tree.map(plain.minus, node.backbone, before.backbone)
+    if self.releases:
+      oracle_privacy.release(q, node, self.seed, self.structure, self.shapes, bool(self.children[q.path]))
+    node.draws += 1
     node.own_weight = {
       "text": float(self.text_tokens[q.path]), "tokens": float(predicted), "uniform": 1.0
     }[self.config.backbone.weights]
@@ -217,21 +228,27 @@ class Oracle:
       lambda own, *theirs: sum(w * np.float64(t) for w, t in zip(shares, theirs, strict=True)) + np.zeros(own.shape),
       node.backbone, *[m.backbone_update for m in members],
     )
+    noise = None
+    if self.noises_means:
+      like = oracle_privacy.as_update(self.structure, self.shapes, mean, node.key_layers)
+      noise = oracle_privacy.mean_noise(p, node, self.seed, [*zip(here, members, strict=True)], shares, like)
+      mean = jax.tree.map(np.add, mean, noise["backbone"])
     gradient = jax.tree.map(lambda d: -jnp.float32(d), mean)
     step, node.server = self.server.update(gradient, node.server, node.backbone)
     before, node.backbone = node.backbone, optax.apply_updates(node.backbone, step)
     moved = jax.tree.map(plain.minus, node.backbone, before)
     node.backbone_update = jax.tree.map(np.add, node.backbone_update, moved)
     if self.num_layers:
-      self._merge_key_layers(p, here, shares)
+      self._merge_key_layers(p, here, shares, noise)
     node.weight += sum(m.weight for m in members)
     node.fresh = node.fresh or any(m.weight for m in members)
 
-  def _merge_key_layers(self, p: Member, here: list[Member], shares: list[float]) -> None:
+  def _merge_key_layers(self, p: Member, here: list[Member], shares: list[float], noise: Any) -> None:
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
     keys = self.config.key_layers
     if keys.values == "updates":
       mean = plain.combine([m.update for m in members], shares)
+      mean = mean if noise is None else plain.combine([mean, self._to_lists(noise["key_layers"])], [1.0, 1.0])
       mixed = plain.combine([node.key_layers, mean], [1.0, 1.0])
       shown = [(c, m.update) for c, m in zip(here, members, strict=True) if m.fresh]
       use = [
@@ -391,8 +408,8 @@ def _loss(arch: model.Architecture, params: model.Params, windows_BxW: jax.Array
 
 
 def _optimizer_step(arch: model.Architecture, config: OptimizerConfig, params: model.Params, state: Any,
-                    windows_BxW: jax.Array, rate: float, clip_norm: float, weight_decay: float) -> tuple[Any, Any]:
+                    windows_BxW: jax.Array, rate: float, clip_norm: float, weight_decay: float, grads: Any) -> Any:
   tokens = jnp.sum(windows_BxW[:, 1:] >= 0)
-  grads = jax.grad(lambda p: _loss(arch, p, windows_BxW) / tokens)(params)
+  grads = grads or jax.grad(lambda p: _loss(arch, p, windows_BxW) / tokens)(params)
   updates, state = local.optimizer(config, clip_norm, weight_decay).update(grads, state, params)
   return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), state

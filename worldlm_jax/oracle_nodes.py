@@ -5,6 +5,7 @@ where it happens.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +57,10 @@ class NodeState:
   handed: Any = None  # the parent's backbone and key layers, as they arrived
   errors: Any = None  # what has not arrived of the updates of both
   addition_error: Any = None  # nor of what the parent added to the key layers
-  withheld: Any = None  # how much more than what arrived the last updates were
+  withheld: Any = None  # how much more than what is known of them the last updates were
+  clip: float = math.inf  # of its updates; of a federation without text, of its members'
+  within: float = 0.0  # which share of its last update was under it
+  draws: int = 0  # how often it has trained or merged
   sent: list[Residual] = dataclasses.field(default_factory=list)
   received: list[Residual] = dataclasses.field(default_factory=list)
 
@@ -84,7 +88,9 @@ class Edge(NamedTuple):
     layers, layer_error = self._layers(node.update, node.errors[1])
     node.errors = backbone_error, layer_error
     node.withheld = (
-      jax.tree.map(plain.minus, node.backbone_update, backbone), plain.combine([node.update, layers], [1.0, -1.0])
+      jax.tree.map(lambda held, sent, arrived: held + plain.minus(sent, arrived), node.withheld[0],
+                   node.backbone_update, backbone),
+      plain.combine([node.withheld[1], node.update, layers], [1.0, 1.0, -1.0]),
     )
     node.backbone_update, node.update = backbone, layers
 

@@ -15,6 +15,7 @@ from worldlm_jax import links, local, model, partition, trees
 from worldlm_jax.config import Config
 from worldlm_jax.exchange import backbone, relevance, residuals
 from worldlm_jax.federation import Federation
+from worldlm_jax.privacy import policy, release
 
 
 class LevelState(NamedTuple):
@@ -34,6 +35,7 @@ class LevelState(NamedTuple):
   trust: jax.Array  # float32 [N]: see exchange/trust.py
   trained: jax.Array  # bool [N]: whether the node trained since its last down-phase
   fresh: jax.Array  # bool [N]: whether `update` is news to the others since its last down-phase
+  private: release.Private | None = None  # None where nobody's text is protected (see privacy/release.py)
 
 
 State = tuple[LevelState, ...]
@@ -53,6 +55,7 @@ class Topology(NamedTuple):
   children: np.ndarray  # int32 [N, S]: places in the level below
   children_mask: np.ndarray  # bool [N, S]
   member: np.ndarray  # int32 [N]: place in Federation.members; -1 for ghosts
+  follows: np.ndarray  # bool [N]: whether its updates are clipped where its federation says
   eligible: dict[int, np.ndarray]  # per level j: bool [N, N_j], whose residual layers a node may get
   num_real: dict[int, int]  # of each level j in `eligible`, how many of its nodes are no ghosts
   num_parents: int  # the same of the level above
@@ -91,7 +94,9 @@ def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh, home: 
   siblings, siblings_mask = pad(siblings), pad(siblings_mask).astype(bool)
   return Topology(
     np.maximum(pad(parent), 0), siblings, siblings_mask, pad(children), pad(children_mask).astype(bool),
-    pad(np.arange(offset, offset + len(members), dtype=np.int32), -1), eligible,
+    pad(np.arange(offset, offset + len(members), dtype=np.int32), -1),
+    pad(np.array([m.trains and m.settings.privacy == "central" and m.settings.privacy_quantile > 0 for m in members])),
+    eligible,
     {j: len(federation.levels[j]) for j in eligible}, len(federation.levels[level - 1]) if level else 0,
     links.neighbours(siblings, siblings_mask, home), home,
   )
@@ -107,6 +112,8 @@ def init(
   tx, server = local.optimizer(config.optimizer), backbone.server_optimizer(config.backbone)
   key_layers = params["key_layers"]
   rounds = config.payload != "float32"
+  withholds = policy.any_updates(federation)
+  protects = withholds or policy.any_examples(federation)
   errors = {part: trees.zeros_like(params[part]) for part in tracks}
   if config.key_layers.values == "updates" and "key_layers" in tracks:
     errors["addition"] = trees.zeros_like(key_layers)
@@ -134,10 +141,18 @@ def init(
       trust=jnp.float32(1),
       trained=jnp.bool_(False),
       fresh=jnp.bool_(False),
+      private=release.Private(
+        {part: trees.zeros_like(params[part]) for part in tracks} if withholds else {}, jnp.float32(0), jnp.float32(0),
+        jnp.int32(0),
+      ) if protects else None,
     )
 
   def stacked(level: int) -> LevelState:
     size = len(topologies[level].member)
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), node(level))
+    found = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), node(level))
+    if found.private is None:
+      return found
+    clips = jnp.array([member.settings.privacy_clip for member in federation.levels[level]], jnp.float32)
+    return found._replace(private=found.private._replace(clip=jnp.pad(clips, (0, size - len(clips)))))
 
   return tuple(stacked(level) for level in range(len(federation.levels)))

@@ -26,6 +26,7 @@ from worldlm_jax import (
   records,
   schedule,
   signals,
+  spending as spending_lib,
   state as state_lib,
   texts as texts_lib,
   trees,
@@ -94,6 +95,8 @@ class _Run:
       places = len(schedule.round_steps(self.federation, stage))
       checks.require(places < PLACES_PER_ROUND, "rounds_per_parent_round", places, f"fewer than {PLACES_PER_ROUND} "
                      "phases in one round of the root", "repeat less often further down the tree")
+    planned = [self._planned(index) for index in range(len(self.rounds))]
+    self.spending = spending_lib.Spending(config, self.federation, self.texts, bool(algorithm.shares), planned)
     self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, self.federation)
     self.valid = self.texts.evaluations("valid", config.evaluation.valid_windows, length)
     self.test = self.texts.evaluations("test", config.evaluation.test_windows, length)
@@ -112,10 +115,9 @@ class _Run:
       self.reporter.message(f"{self.workdir} holds this run, finished; --overwrite starts afresh")
       self.checkpoints.close()
       return json.loads(summary.read_text(encoding="utf-8"))
-    rounds = [self._steps(index) for index in range(len(self.rounds))]
     feed = feed_lib.Feed(feed_lib.workloads(
-      self.config, self.federation, self.texts.here, self.texts.train_tokens, rounds, (now.round, now.step),
-      now.positions,
+      self.config, self.federation, self.texts.here, self.texts.train_tokens, self.spending.rounds,
+      (now.round, now.step), now.positions,
     ))
     if distributed.is_lead():
       self.watchers = watching.Watchers(
@@ -144,7 +146,7 @@ class _Run:
 
   def _round(self, index: int, feed: feed_lib.Feed) -> None:
     """Hands the phases of a round to the devices, and what they will have to say to the ledger."""
-    last, steps = self.rounds[index][1], self._steps(index)
+    last, steps = self.rounds[index][1], self.spending.rounds[index]
     received_at, personalised_at = schedule.evaluations(self.federation, steps)
     self.ledger.round_begins(index)
     begin = self.ledger.now.step if index == self.ledger.now.round else 0
@@ -158,7 +160,7 @@ class _Run:
       elif step.kind == "train":
         self._train(index, step, feed)
         self._evaluate(index, "personalised", step.level, personalised_at[place])
-        self._test(step.level, personalised_at[place], last)
+        self._test(step.level, personalised_at[place], last, self.spending.ends(index, place))
       else:
         self._up(index, step)
       self.ledger.phase_ends(place, bool(self.stop.name))
@@ -172,7 +174,8 @@ class _Run:
     if index + 1 < len(self.rounds):
       self._stop_if_told()
 
-  def _steps(self, index: int) -> list[schedule.Step]:
+  def _planned(self, index: int) -> list[schedule.Step]:
+    """The steps of a round, as long as nobody's privacy budget is spent."""
     stage, last = self.rounds[index]
     personalise = last or self.config.evaluation.personalised == "best"
     return schedule.round_steps(self.federation, stage, personalise=personalise)
@@ -198,14 +201,17 @@ class _Run:
     found = self.engine.score(self.state, level, self.valid[level], mask)
     self.ledger.scored(index, kind, level, self.valid[level], mask, found)
 
-  def _test(self, level: int, mask: np.ndarray, last: bool) -> None:
+  def _test(self, level: int, mask: np.ndarray, last: bool, ends: np.ndarray) -> None:
     """Scores personalised models on their test texts: in the last round, or whenever they are better than before.
 
+    `ends` says who trains no more since its privacy budget is spent, for whom this is the last round.
     To know whether they are, it waits for their scores on the valid split.
     """
     if self.config.evaluation.personalised == "best":
       mask = mask & self.ledger.improved(level)
     elif not last:
+      mask = mask & ends
+    if not mask.any():
       return
     self.ledger.tested(level, self.test[level], mask, self.engine.score(self.state, level, self.test[level], mask))
 
@@ -302,6 +308,7 @@ class _Run:
       f"{partition.describe(self.mesh)}{processes}, {self.engine.nodes_at_once} node(s) at once on each; "
       f"{waiting}",
       f"writing to {self.workdir}",
+      *self.spending.title(),
       *live,
     ]
 
@@ -329,6 +336,8 @@ class _Run:
       "evaluation": self.texts.fairness,
     }
     found |= {"matrix": crossed, "fairness": fair}
+    if private := self.spending.report(now.private):
+      found["privacy"] = private
     return found | {"duplicates": [duplicate._asdict() for duplicate in self.texts.duplicates]}
 
 

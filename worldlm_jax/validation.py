@@ -184,6 +184,27 @@ def validate_node_settings(settings: NodeSettings, where: str) -> None:
     _at_least(f"{where}: {name}", getattr(settings, name), 0)
   checks.one_of(f"{where}: trust", settings.trust, ("validated", "full"))
   checks.one_of(f"{where}: acceptance", settings.acceptance, ("always", "validated"))
+  _validate_privacy(settings, where)
+
+
+def _validate_privacy(settings: NodeSettings, where: str) -> None:
+  """One node's own settings; `privacy.policy.check` sees how they go together with everybody else's."""
+  checks.one_of(f"{where}: privacy", settings.privacy, ("none", "local", "central"))
+  checks.one_of(f"{where}: privacy_clip_by", settings.privacy_clip_by, ("model", "layer"))
+  for name in ("privacy_noise", "privacy_quantile_noise", "privacy_quantile_rate", "example_noise"):
+    value = getattr(settings, name)
+    checks.require(0 <= value < math.inf, f"{where}: {name}", value, "a number from 0")
+  for name in ("privacy_clip", "privacy_budget", "example_clip"):
+    value = getattr(settings, name)
+    checks.require(value > 0, f"{where}: {name}", value, "a positive number, or inf")
+  _in_range(f"{where}: privacy_quantile", settings.privacy_quantile, 0, 1, right_open=True)
+  checks.require(0 < settings.privacy_delta < 1, f"{where}: privacy_delta", settings.privacy_delta,
+                 "a number between 0 and 1")
+  for noise, clip in (("privacy_noise", "privacy_clip"), ("privacy_quantile", "privacy_clip"),
+                      ("example_noise", "example_clip")):
+    checks.require(getattr(settings, noise) == 0 or getattr(settings, clip) < math.inf, f"{where}: {clip}",
+                   getattr(settings, clip), f"a finite norm with {noise}={getattr(settings, noise)}",
+                   "noise hides nothing of a size that is not bounded")
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -11,6 +11,7 @@ from worldlm_jax.algorithms import centralized, fedavg, fedper, hierfavg, local,
 from worldlm_jax.algorithms.rules import Algorithm
 from worldlm_jax.config import ALGORITHMS, Config, num_key_layers as configured_key_layers
 from worldlm_jax.federation import Federation
+from worldlm_jax.privacy import policy
 
 ROWS: dict[str, ModuleType] = dict(zip(
   ALGORITHMS, (worldlm, worldlm_paper, fedavg, hierfavg, fedper, local, centralized), strict=True
@@ -30,7 +31,8 @@ def adapted(config: Config) -> Config:
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
   """The pair of rules of the config's algorithm."""
   algorithm: Algorithm = ROWS[config.algorithm].make(config, arch, federation)
-  if config.payload == "float32" or not algorithm.shares:
+  policy.check(config, federation, algorithm.shares)
+  if not algorithm.shares or (config.payload == "float32" and not policy.any_updates(federation)):
     return algorithm
   return algorithm._replace(payload=config.payload, tracks=algorithm.shares)
 

@@ -178,6 +178,7 @@ class AttendUpdates(NamedTuple):
     )
     sums = jax.tree.map(lambda leaf: leaf.reshape(num_rows, sums_per_node, *leaf.shape[1:]), sums)
     mean = jax.tree.map(lambda leaf: leaf[:, 0], sums)
+    mean = mean if ascent.noise is None else trees.add(mean, ascent.noise)
     if sent is not None:
       sent = sent._replace(layers=jax.tree.map(lambda leaf: leaf[:, 1:], sums))
     mixed, accepted = self._accepted(ascent, own, trees.add(own, mean))

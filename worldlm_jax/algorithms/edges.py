@@ -21,9 +21,15 @@ from worldlm_jax.state import LevelState, Topology
 def as_known(level: LevelState, kind: str) -> LevelState:
   """The level as everybody else knows it once it has sent its updates, and with the errors that remain then.
 
+  Where updates are protected, that is by what has been released of them (`privacy/release.py`), before any rounding.
   Where a node's update is no news, nothing is sent and no error is used. Pure, so that each phase that looks at the
   level between two of its down-phases sees the same.
   """
+  if level.private is not None:
+    withheld = trees.where(level.fresh, level.private.withheld, trees.zeros_like(level.private.withheld))
+    level = level._replace(
+      params=level.params | {part: trees.subtract(level.params[part], withheld[part]) for part in withheld}
+    )
   if kind == "float32":
     return level
   before = {part: level.errors[part] for part in level.update}

@@ -15,6 +15,7 @@ from worldlm_jax.algorithms import edges
 from worldlm_jax.config import BackboneConfig
 from worldlm_jax.exchange import backbone as backbone_lib, relevance
 from worldlm_jax.exchange.residuals import Residuals
+from worldlm_jax.privacy import release
 from worldlm_jax.state import LevelState, Topology, news
 
 Log = dict[str, jax.Array]
@@ -42,11 +43,18 @@ class PhaseInputs(NamedTuple):
   num_rounds: Any  # int32 scalar: of the whole run
 
 
+class Guards(NamedTuple):
+  """How an up-phase's nodes are protected where some federation noises its mean."""
+
+  level: release.Guard  # of the federations, [N]
+  below: release.Guard  # of their members, [C]
+
+
 class BackboneRule(NamedTuple):
   """How backbones go down and up."""
 
   receive: Any  # (own [N, ...], parents' [N, ...], bool [N]: who takes the parent's as it is) -> [N, ...], else own
-  merge: Any  # (own [P, ...], server state, level of members, their shares [C, P], mesh) -> both new
+  merge: Any  # (own [P, ...], server state, level of members, their shares [C, P], mesh, noise or None) -> both new
 
 
 class Pool(NamedTuple):
@@ -89,6 +97,7 @@ class Ascent(NamedTuple):
   topology_below: Topology
   nodes: NodeInputs
   phase: PhaseInputs
+  noise: trees.PyTree  # what is added to the means of key layers' updates; None for nothing
 
 
 class KeyLayerRule(Protocol):
@@ -142,11 +151,12 @@ def averaged(config: BackboneConfig) -> BackboneRule:
   """The members' weighted mean, applied by the server optimizer; members receive their federation's backbone."""
   server = backbone_lib.server_optimizer(config)
 
-  def merge(own, state, below, shares, mesh):
-    if "backbone" in below.update:  # rounded: what has not arrived of `own` at the members must not be lost
+  def merge(own, state, below, shares, mesh, noise):
+    if below.errors is not None:  # rounded: what has not arrived of `own` at the members must not be lost
       difference = links.sum_members(below.update["backbone"], shares, own["final_norm"].shape[0], mesh)
     else:
       difference = backbone_lib.mean_difference(own, below.params["backbone"], shares, mesh)
+    difference = difference if noise is None else trees.add(difference, noise)
     return backbone_lib.apply_server_optimizer(server, own, state, difference)
 
   return BackboneRule(take_over, merge)
@@ -177,6 +187,7 @@ def down(
     handed=handed, errors=known.errors,
     own_weight=jnp.zeros_like(level.own_weight), weight=jnp.zeros_like(level.weight),
     trained=jnp.zeros_like(level.trained), fresh=jnp.zeros_like(level.fresh),
+    private=_begun(level.private, above, topology),
   )
   if above is None:
     return _where_active(nodes, begun, level), {}
@@ -205,7 +216,7 @@ def down(
 
 def up(
   algorithm: Algorithm, topology: Topology, level: LevelState, below: LevelState, below_active: jax.Array,
-  topology_below: Topology, nodes: NodeInputs, phase: PhaseInputs,
+  topology_below: Topology, nodes: NodeInputs, phase: PhaseInputs, guards: Guards | None = None,
 ) -> tuple[LevelState, Log]:
   """The up-phase: federations merge their members' backbones and key layers.
 
@@ -218,6 +229,7 @@ def up(
     topology_below: of the members' level.
     nodes: per-node inputs of the federations; those that are not active stay exactly as they are.
     phase: the round.
+    guards: where some federation noises its mean.
   """
   below = edges.as_known(below, algorithm.payload)
   level = level._replace(update=news(level))
@@ -227,7 +239,16 @@ def up(
   if algorithm.weights == "uniform":
     weight, own_weight = jnp.float32(weight > 0), jnp.float32(level.trained)
   shares = backbone_lib.shares(jnp.asarray(topology_below.parent), weight, own_weight, topology_below.num_parents)
-  merged, server = algorithm.backbone.merge(level.params["backbone"], level.server, below, shares, topology.mesh)
+  noise, private = {}, level.private
+  if guards is not None:
+    like = {part: level.params[part] for part in algorithm.shares}
+    clip_C = below.private.clip
+    noise = release.mean_noise(like, shares, clip_C, guards.level, guards.below, private)
+    parent_C = jnp.asarray(topology_below.parent)
+    private = release.merged(private, guards.level, below.private.within, shares, parent_C)
+  merged, server = algorithm.backbone.merge(
+    level.params["backbone"], level.server, below, shares, topology.mesh, noise.get("backbone")
+  )
   members_mask = jnp.asarray(topology.children_mask) & below_active[topology.children]
   key_layers, update, residuals = level.params["key_layers"], level.update, level.residuals
   if "backbone" in update:
@@ -237,14 +258,24 @@ def up(
   if key_layers:
     key_layers, key_update, residuals, log = algorithm.key_layers.merge(
       Ascent(level, below, merged, weight, own_weight, shares, below_active, members_mask, topology, topology_below,
-             nodes, phase)
+             nodes, phase, noise.get("key_layers"))
     )
     update = update | {"key_layers": key_update} if "key_layers" in update else update
   after = level._replace(
     params={"backbone": merged, "key_layers": key_layers}, server=server, update=update, residuals=residuals,
-    weight=level.weight + gained, fresh=level.fresh | (gained > 0),
+    weight=level.weight + gained, fresh=level.fresh | (gained > 0), private=private,
   )
   return trees.where(nodes.active & (gained > 0), after, level), log  # where nobody trained, nothing is merged
+
+
+def _begun(
+  private: release.Private | None, above: LevelState | None, topology: Topology
+) -> release.Private | None:
+  """After a down-phase: a clip that adapts to all members of a federation is known to them."""
+  if private is None or above is None:
+    return private
+  theirs = links.take_parents(above.private.clip, topology.parent, topology.num_parents, topology.mesh)
+  return private._replace(clip=jnp.where(jnp.asarray(topology.follows), theirs, private.clip))
 
 
 def _takes(

@@ -12,7 +12,7 @@ attention over layers (`attend_layers.py`) the memory is {K_q, K_p}, and {K_c} +
 where it takes the place of the mean.
 """
 
-from worldlm_jax import model
+from worldlm_jax import model, trees
 from worldlm_jax.algorithms.attend_layers import AttendLayers
 from worldlm_jax.algorithms.attend_updates import AttendUpdates
 from worldlm_jax.algorithms.rules import Algorithm, BackboneRule, take_over
@@ -28,9 +28,10 @@ def make(config: Config, arch: model.Architecture, federation: Federation) -> Al
   """The pair of rules."""
   server = backbone_lib.server_optimizer(config.backbone)
 
-  def merge(own, state, below, shares, mesh):
+  def merge(own, state, below, shares, mesh, noise):
     num_rows = own["final_norm"].shape[0]
     mean = sum_members(below.update["backbone"], shares, num_rows, mesh)
+    mean = mean if noise is None else trees.add(mean, noise)
     return backbone_lib.apply_server_optimizer(server, own, state, mean)
 
   any_validated = any(member.settings.acceptance == "validated" for member in federation.members)

@@ -56,6 +56,12 @@ class Windows:
     """How many tokens window `index` predicts."""
     return self.length if self.starts is None else self._within_document(index)[1]
 
+  def by_document(self) -> tuple[np.ndarray, np.ndarray]:
+    """For each document that has any, its first window and how many there are: int64 `[documents]`, twice."""
+    first = np.concatenate([np.zeros(1, np.int64), self._ends[:-1]]) if len(self._ends) else self._ends
+    count = self._ends - first
+    return first[count > 0], count[count > 0]
+
   def _within_document(self, index: int) -> tuple[int, int]:
     """Where a window of one document begins, and how many tokens it predicts."""
     assert self.starts is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_jax.reporting import figures, heat_maps, page, run_charts, tree_charts, words
+from worldlm_jax.reporting import figures, heat_maps, page, privacy_section, run_charts, tree_charts, words
 from worldlm_jax.reporting.files import Run, changed_settings, own_settings
 from worldlm_jax.reporting.page import Html
 
@@ -25,7 +25,8 @@ def make(run: Run, title: str, back: str = "") -> tuple[str, list[figures.Chart]
     "The tree": _tree(run, drawn), "Learning curves": _curves(run, drawn), "All nodes": _nodes(run),
     "Every model on every text": _matrix(run, drawn), "Attention of key layers": _attention(run, drawn),
     "Routes of residual layers": _routes(run, drawn), "What the edges carried": _traffic(run, drawn),
-    "Where the time went": _time(run, drawn), "Configuration": _configuration(run),
+    "Privacy": privacy_section.make(run), "Where the time went": _time(run, drawn),
+    "Configuration": _configuration(run),
   }
   columns = [[["Attention of key layers"],
               ["Routes of residual layers", "What the edges carried", "Where the time went"]]]

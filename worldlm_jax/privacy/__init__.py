@@ -1,0 +1,1 @@
+"""Differential privacy: what is clipped and noised, by whose rules, and what it amounts to (docs/privacy.md)."""
