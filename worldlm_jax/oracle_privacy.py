@@ -96,7 +96,10 @@ def mean_noise(p: Member, node: NodeState, seed: int, members: list[tuple[Member
     for (c, m), share in zip(members, shares, strict=True)
   ]
   drawn = release_lib.noise(draw_key(seed, p.path, release_lib.MEAN, node.draws), like, np.float32(1))
-  counted = [m.within for (_, m), share in zip(members, shares, strict=True) if share > 0]
+  counted = [
+    m.within for (c, m), share in zip(members, shares, strict=True)
+    if share > 0 and c.trains and c.settings.privacy != "none"
+  ]
   if p.settings.privacy == "central" and p.settings.privacy_quantile and counted:
     key = draw_key(seed, p.path, release_lib.MEAN_SHARE, node.draws)
     node.clip = moved_clip(p, node, key, float(np.mean(counted)), len(counted))

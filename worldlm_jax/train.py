@@ -74,11 +74,11 @@ class _Run:
       watching.check(config.logging)
       tokenizer = tokenizer_lib.load(config.data.tokenizer)
       self.arch = _architecture(config, tokenizer)
+      algorithm = algorithms.make(config, self.arch, self.federation)
       self.mesh = _mesh(config, self.federation, self.arch)
     _check_same_in_all(workdir_lib.describe(config, self.federation, {}))
     self.texts = texts_lib.load(config, self.federation, self.mesh, tokenizer, self.reporter.message)
     validation, length = None, config.data.sequence_length
-    algorithm = algorithms.make(config, self.arch, self.federation)
     if algorithm.needs_validation:
       windows = config.evaluation.acceptance_windows
       validation = [e.arrays() for e in self.texts.evaluations("valid", windows, length)]

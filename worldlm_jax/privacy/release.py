@@ -151,13 +151,14 @@ def mean_noise(
 
 
 def merged(
-  private: Private, guards: Guard, within_C: jax.Array, shares_CxP: jax.Array, parent_C: jax.Array
+  private: Private, guards: Guard, members: Guard, within_C: jax.Array, shares_CxP: jax.Array, parent_C: jax.Array
 ) -> Private:
   """The federations after a merge: where their members' clip adapts, it has moved. Leaves `[N]`.
 
-  `within_C` is what was under the clip of the members' updates, `shares_CxP` says who counted, and where.
+  `within_C` is what was under the clip of the members' updates, `shares_CxP` says who counted, and where; of these, those
+  that are clipped.
   """
-  counts_C = jnp.any(shares_CxP > 0, axis=1)
+  counts_C = members.clips & jnp.any(shares_CxP > 0, axis=1)
   size = len(guards.key)
   members_N = jax.ops.segment_sum(jnp.float32(counts_C), parent_C, size)
   share_N = jax.ops.segment_sum(jnp.where(counts_C, within_C, 0.0), parent_C, size) / jnp.maximum(members_N, 1)
