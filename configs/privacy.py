@@ -15,7 +15,7 @@ few organisations cannot average the noise of 1 away; epsilons worth having need
 from worldlm_jax import config as c, model
 
 NOISE_MULTIPLIERS = (0.003, 0.03, 1.0)
-CLIP = 8.0  # about the median norm of an update
+CLIP = 8.0  # updates have norms of 15 in the first round, 9 in the second, and less later
 
 
 def get_config() -> c.Comparison:

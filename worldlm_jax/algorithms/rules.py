@@ -245,7 +245,8 @@ def up(
     clip_C = below.private.clip
     noise = release.mean_noise(like, shares, clip_C, guards.level, guards.below, private)
     parent_C = jnp.asarray(topology_below.parent)
-    private = release.merged(private, guards.level, guards.below, below.private.within, shares, parent_C)
+    within_C = below.private.within
+    private = release.merged(private, guards.level, guards.below, within_C, shares, parent_C)
   merged, server = algorithm.backbone.merge(
     level.params["backbone"], level.server, below, shares, topology.mesh, noise.get("backbone")
   )

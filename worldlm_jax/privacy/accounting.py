@@ -68,9 +68,11 @@ def lasting_noise(settings: NodeSettings, releases: int) -> float:
 
 def update_epsilon_rdp(settings: NodeSettings, releases: int) -> float:
   """The same by Renyi's differential privacy."""
+  if not releases or not all(_multipliers(settings)):
+    return math.inf if releases else 0.0
   return _rdp(lambda library: [
     (library.GaussianDpEvent(z), releases) for z in _multipliers(settings)
-  ], settings.privacy_delta) if releases and all(_multipliers(settings)) else math.inf * bool(releases)
+  ], settings.privacy_delta)
 
 
 def _multipliers(settings: NodeSettings) -> list[float]:
@@ -95,7 +97,7 @@ def example_epsilon(settings: NodeSettings, examples: Examples, steps: int) -> f
 def example_epsilon_rdp(settings: NodeSettings, examples: Examples, steps: int) -> float:
   """By Renyi's differential privacy, as if no batch were ever full: close, but no bound."""
   if not steps or not settings.example_noise:
-    return math.inf * bool(steps)
+    return math.inf if steps else 0.0
   rate = min(1.0, examples.batch_size / examples.count)
   return _rdp(lambda library: [
     (library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(settings.example_noise)), steps)

@@ -155,8 +155,8 @@ def merged(
 ) -> Private:
   """The federations after a merge: where their members' clip adapts, it has moved. Leaves `[N]`.
 
-  `within_C` is what was under the clip of the members' updates, `shares_CxP` says who counted, and where; of these, those
-  that are clipped.
+  `within_C` is what was under the clip of the members' updates, `shares_CxP` says who counted, and where. Members that
+  are not clipped do not tell.
   """
   counts_C = members.clips & jnp.any(shares_CxP > 0, axis=1)
   size = len(guards.key)
