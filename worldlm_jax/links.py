@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from worldlm_jax import trees
+from worldlm_jax import partition, trees
 from worldlm_jax.partition import NODE
 
 Fetch = Callable[[jax.Array], jax.Array]  # within `on_devices`: a device's own rows -> the rows that it needs
@@ -113,14 +113,30 @@ def sum_members(
   def total(tree: trees.PyTree, coefficients: jax.Array) -> trees.PyTree:
     def one(rows: jax.Array, m: Any) -> jax.Array:
       c_CxQ = coefficients if coefficients.ndim == 2 else coefficients[:, m]
-      counts_C = jnp.any(c_CxQ != 0, axis=1)
-      rows = jnp.where(counts_C.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0.0)
-      sums = jnp.tensordot(c_CxQ.T, rows, 1, precision=jax.lax.Precision.HIGHEST)
+      sums = _weighted_sums(c_CxQ, rows)
       return own_rows(jax.lax.psum(sums, NODE) if mesh.shape[NODE] > 1 else sums, num_padded // mesh.shape[NODE])
 
     return jax.tree.map(lambda leaf: _by_layer(one, leaf, leaf.ndim > 3 or coefficients.ndim > 2), tree)
 
   return on_devices(total, mesh)(tree_C, coefficients)
+
+
+def _weighted_sums(c_CxQ: jax.Array, rows: jax.Array) -> jax.Array:
+  """`sum_c c_cq row_c`, piece by piece: `[C, ...]` -> `[Q, ...]`. Rows with zeros alone add nothing."""
+  counts_Cx1, flat_CxL = jnp.any(c_CxQ != 0, axis=1)[:, None], rows.reshape(len(rows), -1)
+  num_sums, length = c_CxQ.shape[1], flat_CxL.shape[1]
+  count = partition.num_pieces(length, (len(rows) + num_sums) * rows.dtype.itemsize)
+  size = length // count
+
+  def piece(i: Any) -> jax.Array:
+    part = jax.lax.dynamic_slice_in_dim(flat_CxL, i * size, size, 1)
+    return jnp.matmul(c_CxQ.T, jnp.where(counts_Cx1, part, 0.0), precision=jax.lax.Precision.HIGHEST)
+
+  def write(i: jax.Array, out: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(out, piece(i), i * size, 1)
+
+  out = piece(0) if count == 1 else jax.lax.fori_loop(0, count, write, jnp.zeros((num_sums, length), jnp.float32))
+  return out.reshape(num_sums, *rows.shape[1:])
 
 
 def own_rows(rows: jax.Array, share: int) -> jax.Array:

@@ -126,8 +126,19 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if is_spread() else x
 
 
+def num_pieces(length: int, bytes_per_place: int) -> int:
+  """Into how many equal pieces many long rows are cut, to be worked on one after the other: a divisor of `length`.
+
+  On CPUs a piece of all rows stays in their caches. Rows that are spread over devices are not cut.
+  """
+  if is_spread():
+    return 1
+  most = max(1, piece_bytes() // bytes_per_place)
+  return next(count for count in range(-(-length // most), length + 1) if length % count == 0)
+
+
 def piece_bytes() -> int:
-  """How much of many long rows is worked on at a time: on CPUs what stays in their caches."""
+  """How much of many long rows is worked on at a time."""
   return 2**18 if jax.default_backend() == "cpu" else 2**28
 
 

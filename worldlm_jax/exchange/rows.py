@@ -1,8 +1,9 @@
 """Linear algebra on stacked rows of parameters that never copies them whole.
 
 What attention over updates needs of its many large vectors are their inner products, and what it makes of them are
-linear combinations. Both are sums over parameters, so they run over a few megabytes of all rows at a time: one pass
-that reads everything for the products (`gram`), another that reads everything and writes the result (`combine`).
+linear combinations. Both are sums over parameters, so they run over a part of all rows at a time, small enough for a
+cache: one pass that reads everything for the products (`gram`), another that reads everything and writes the result
+(`combine`).
 
 Rows of different origin (a level's own, its parents', the pool's) are `Source`s, joined along the row axis X. Axes of
 the tables: T tensors of a block, M layers. To be called within `links.on_devices`; what a source fetches may travel.
@@ -104,9 +105,5 @@ def _cut(leaf: jax.Array, m: Any, i: Any, count: int) -> jax.Array:
 
 
 def _num_pieces(stack: tuple[jax.Array, ...]) -> int:
-  """Into how many pieces a layer of all these rows is cut; a layer that is spread over devices is not cut."""
-  if partition.is_spread():
-    return 1
-  length = stack[0][0, 0].size
-  most = max(1, partition.piece_bytes() // sum(leaf.shape[0] * leaf.dtype.itemsize for leaf in stack))
-  return next(count for count in range(-(-length // most), length + 1) if length % count == 0)
+  """Into how many pieces a layer of all these rows is cut."""
+  return partition.num_pieces(stack[0][0, 0].size, sum(leaf.shape[0] * leaf.dtype.itemsize for leaf in stack))
