@@ -14,15 +14,15 @@ from worldlm_jax import algorithms, checks, config as config_lib, federation as 
 from worldlm_jax.privacy import policy
 
 NUM_ROUNDS = 2
-ABSENT = ((), ("a/q",))
+ABSENT = (("a/q",), ("a",))
 
 
 def ragged(rounds):
-  """Three levels; the root has text and trains before its members; unequal steps; one node without privacy."""
+  """Three levels; the root and `a` have text and train before their members; unequal steps; `b` without privacy."""
   node = rounds.node
   return node(
     "world",
-    node("a", node("p"), node("q", local_steps=3, batch_size=3), data=False, rounds_per_parent_round=2),
+    node("a", node("p"), node("q", local_steps=3, batch_size=3), rounds_per_parent_round=2),
     node("b", privacy="none"), node("c", privacy_clip_by="layer", privacy_quantile=0.5),
   )
 
@@ -67,6 +67,7 @@ def test_engine_equals_the_loop(local_run):
   """Law 6; the fixture has compared them."""
   clips = np.asarray(local_run.state[1].private.clip)
   assert clips[0] == clips[1] == np.float32(0.05) != clips[2]
+  assert np.asarray(local_run.state[1].private.count).tolist() == [1, 2, 2]  # `a` was absent once
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_no_noise_and_no_clip_change_no_bit(rounds, local_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedper", "hierfavg", "worldlm_paper"])
 def test_no_noise_and_no_clip_change_no_bit_of_any_algorithm(rounds, algorithm):
-  config = private_config(rounds, flat_tree(rounds), algorithm=algorithm, privacy_clip=1e30, privacy_noise=0.0)
+  config = private_config(rounds, flat_tree(rounds), algorithm=algorithm, privacy_clip=math.inf, privacy_noise=0.0)
   config.federation.root.children[2].settings = {}
   private = rounds.run(config, NUM_ROUNDS)
   config.node.privacy = "none"

@@ -257,7 +257,7 @@ class Engine:
     took_part = trained.steps > 0
     moved = {part: trees.subtract(trained.params[part], own.params[part]) for part in self.algorithm.tracks}
     if guards is not None:
-      trained, moved, private = self._released(trained, moved, own.private, guards)
+      trained, moved, private = self._released(own.params, trained, moved, own.private, guards)
       own = own._replace(private=trees.where(took_part, private, own.private))
     weight = jnp.where(took_part, work.weight, 0.0) if self.algorithm.weights == "text" else jnp.float32(trained.tokens)
     new = own._replace(
@@ -268,16 +268,20 @@ class Engine:
     return new, (trained.losses, trained.steps, trained.tokens)
 
   def _released(
-    self, trained: local.Trained, moved: trees.PyTree, private: release.Private, guards: release.Guard
+    self, begun: model.Params, trained: local.Trained, moved: trees.PyTree, private: release.Private,
+    guards: release.Guard,
   ) -> tuple[local.Trained, trees.PyTree, release.Private]:
     """Training as it goes on from here: with what is released of the updates in their place."""
     if not (self.algorithm.tracks and policy.any_updates(self.federation)):
       return trained, moved, private._replace(count=private.count + 1)
-    moved, private = partition.per_device(jax.vmap(release.release), self.mesh)(moved, private, guards)
     # What a federation hands down to its members leaves it too, so it goes on from its release.
-    gives_up = trees.where(guards.hands_down, private.withheld, trees.zeros_like(private.withheld))
-    params = {part: trees.subtract(trained.params[part], gives_up[part]) for part in gives_up}
-    private = private._replace(withheld=trees.subtract(private.withheld, gives_up))
+    gives_up = (trained.steps > 0) & guards.hands_down & guards.clips & jnp.isfinite(private.clip)
+    moved, private = partition.per_device(jax.vmap(release.release), self.mesh)(moved, private, guards)
+    params = {
+      part: trees.where(gives_up, trees.add(begun[part], moved[part]), trained.params[part]) for part in moved
+    }
+    nothing = trees.zeros_like(private.withheld)
+    private = private._replace(withheld=trees.where(gives_up, nothing, private.withheld))
     return trained._replace(params=trained.params | params), moved, private
 
   def score(

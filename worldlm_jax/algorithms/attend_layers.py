@@ -34,7 +34,7 @@ class AttendLayers(NamedTuple):
     level, above, topology = descent.level, descent.above, descent.topology
     pool, eligible_NxP = _joined(descent)
 
-    def one(node, takes, own, update, parents, eligible_P, backbone):
+    def one(node, takes, kept, own, update, parents, eligible_P, backbone):
       if descent.handed is None:
         parents = trees.take(above.params["key_layers"], parents)
       received, log = None, {}
@@ -49,13 +49,13 @@ class AttendLayers(NamedTuple):
       mixed, accepted = self._accept(own, mixed, node, backbone)
       from_parent = jnp.arange(mask_SxM.shape[0]) == 1
       weights = jnp.where(takes, jnp.float32(from_parent)[:, None], weights)
-      mixed = trees.where(node.active, trees.where(takes, parents, mixed), own)
+      mixed = trees.where(node.active, trees.where(takes, parents, mixed), kept)
       log |= {"hands_key_layers": jnp.bool_(True), "weights": weights, "accepted": accepted}
       return mixed, received if level.received is not None else None, log
 
-    # Rounded, a node goes on from its layers as its parent knows them, lest the parent mix other ones than it has.
+    # Rounded or noised, a node goes on from its layers as its parent knows them, lest that mix other ones than it has.
     mixed, received, log = jax.vmap(one)(
-      descent.nodes, descent.takes, level.params["key_layers"], news(level)["key_layers"],
+      descent.nodes, descent.takes, descent.own, level.params["key_layers"], news(level)["key_layers"],
       topology.parent if descent.handed is None else descent.handed, eligible_NxP, descent.backbone,
     )
     return mixed, received, None, log

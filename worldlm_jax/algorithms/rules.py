@@ -154,6 +154,13 @@ def averaged(config: BackboneConfig) -> BackboneRule:
   def merge(own, state, below, shares, mesh, noise):
     if below.errors is not None:  # rounded: what has not arrived of `own` at the members must not be lost
       difference = links.sum_members(below.update["backbone"], shares, own["final_norm"].shape[0], mesh)
+    elif below.private is not None:  # what is released of them, without the rounding of what is not
+      is_bounded = jnp.isfinite(below.private.clip)[:, None]
+      by_update, by_params = jnp.where(is_bounded, shares, 0.0), jnp.where(is_bounded, 0.0, shares)
+      difference = trees.add(
+        backbone_lib.mean_difference(own, below.params["backbone"], by_params, mesh),
+        links.sum_members(below.update["backbone"], by_update, own["final_norm"].shape[0], mesh),
+      )
     else:
       difference = backbone_lib.mean_difference(own, below.params["backbone"], shares, mesh)
     difference = difference if noise is None else trees.add(difference, noise)

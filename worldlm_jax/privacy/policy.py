@@ -131,7 +131,8 @@ def _check_central(config: Config, member: Member, federation: Federation, atten
                  "use privacy=local, or config.key_layers.values=updates with config.key_layers.update_strength=0 and "
                  "config.key_layers.residuals_per_layer=0")
   checks.require(config.payload == "float32", "config.payload", config.payload,
-                 f"'float32' with privacy=central ({where})", "what rounding holds back would come on top of a later update, over its clip")
+                 f"'float32' with privacy=central ({where})",
+                 "what rounding holds back would come on top of a later update, over its clip")
   if settings.privacy_quantile:
     head = federation.by_path[str(member.parent)]
     names = ("privacy", "privacy_clip", "privacy_quantile", "privacy_quantile_noise", "privacy_quantile_rate")
