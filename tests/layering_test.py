@@ -13,7 +13,7 @@ from worldlm_jax import config
 
 PACKAGE = Path(worldlm_jax.__file__).parent
 LAYERS = (
-  ("trees", "checks", "plain"),
+  ("trees", "checks", "plain", "command"),
   ("config", "rngs", "validation"),
   ("model", "data", "distributed", "federation", "links", "partition", "metrics", "progress", "signals",
    "tree_sources", "watching"),
@@ -23,7 +23,7 @@ LAYERS = (
    "train", "workdir"),
   ("comparison", "comparison_tables", "entries", "verdicts"),
   ("reporting",),
-  ("command", "main", "compare", "prepare", "report", "evaluate", "export", "generate", "tokenizer"),
+  ("experiment", "main", "compare", "prepare", "report", "evaluate", "export", "generate", "tokenizer", "__main__"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

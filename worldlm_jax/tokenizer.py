@@ -5,19 +5,18 @@
       --max_bytes_per_node=10000000 --out=law.json
 
 A run then takes it with --config.data.tokenizer=FILE. All nodes of a run share one tokenizer, since they
-share the embedding; bits per byte compare across tokenizers. Exit codes: 0 done, 1 not written, 2 bad input.
+share the embedding; bits per byte compare across tokenizers.
 """
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from absl import app, flags
+from absl import flags
 
-from worldlm_jax import checks, command, config as config_lib, federation as federation_lib
+from worldlm_jax import checks, command, config as config_lib, experiment, federation as federation_lib
 from worldlm_jax.data import cache, tokenizer as tokenizer_lib
 
 SEPARATOR = tokenizer_lib.SEPARATORS[0]
@@ -101,10 +100,9 @@ def main(_: list[str]) -> int:
   """Trains the tokenizer of the flags and returns the exit code."""
   try:
     out = Path(str(_OUT.value)).expanduser()
-    table = train(command.configured(), out, _VOCAB_SIZE.value, _FEDERATION.value, _MAX_BYTES.value)
+    table = train(experiment.configured(), out, _VOCAB_SIZE.value, _FEDERATION.value, _MAX_BYTES.value)
   except (checks.InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return command.BAD_INPUT if isinstance(error, checks.InputError) else command.FAILED
+    return command.failed(error)
   size = tokenizer_lib.load(str(out)).vocab_size
   print(f"{out}: {size} tokens" + ("; the text has no more than that to merge" if size < _VOCAB_SIZE.value else ""))
   print(f"{'node':<32} bytes per token")
@@ -126,5 +124,4 @@ def _documents(split: cache.Split, max_bytes: int = 0) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "out"])
-  app.run(main, flags_parser=command.parse_flags)
+  command.start(main, experiment.Flags("out"))
