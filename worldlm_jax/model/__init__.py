@@ -10,7 +10,8 @@ from worldlm_jax.model.transformer import (
   init,
   loss_sum,
   num_targets,
+  token_scores,
 )
 
 __all__ = ["PRESETS", "Architecture", "Params", "abstract_params", "apply", "architecture", "init", "loss_sum",
-           "num_targets"]
+           "num_targets", "token_scores"]

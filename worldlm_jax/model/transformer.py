@@ -211,6 +211,28 @@ def num_targets(windows_BxW: jax.Array, rows_B: jax.Array) -> jax.Array:
   return jnp.sum(windows_BxW[:, 1:] >= 0, where=rows_B[:, None])
 
 
+def token_scores(arch: Architecture, params: Params, windows_BxW: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What the model makes of each token after the first, T = W - 1 of them.
+
+  Returns its log-probability in nats, float32 `[B, T]`, and whether it is the likeliest, bool `[B, T]`. Negative tokens
+  are padding at the end of a window: 0 and True. As in `loss_sum`, the logits of all are never held at once.
+  """
+  hidden_NxD = _final_hidden(arch, params, jnp.maximum(windows_BxW[:, :-1], 0)).reshape(-1, arch.d_model)
+  targets_BxT, head_DxV = windows_BxW[:, 1:], _head(arch, params)
+
+  def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    hidden_CxD, targets_C = chunk
+    logits_CxV = jnp.matmul(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
+    picked_C = jnp.take_along_axis(logits_CxV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
+    likeliest_C = jnp.argmax(logits_CxV, axis=-1) == targets_C
+    scores_C = picked_C - jax.nn.logsumexp(logits_CxV, axis=-1)
+    return jnp.where(targets_C < 0, 0, scores_C), likeliest_C | (targets_C < 0)
+
+  scores, likeliest = jax.lax.map(score, _chunks(hidden_NxD, targets_BxT.ravel(), arch.vocab_size))
+  size, shape = targets_BxT.size, targets_BxT.shape
+  return scores.ravel()[:size].reshape(shape), likeliest.ravel()[:size].reshape(shape)
+
+
 def _spread(arch: Architecture) -> float:
   """The standard deviation of initial matrices."""
   return math.sqrt(2 / (5 * arch.d_model))
