@@ -17,12 +17,12 @@ LAYERS = (
   ("config", "rngs", "validation"),
   ("model", "data", "distributed", "federation", "links", "partition", "metrics", "progress", "signals",
    "tree_sources", "watching"),
-  ("local", "exchange", "privacy", "scoring", "schedule"),
+  ("local", "exchange", "privacy", "scoring", "schedule", "likelihood"),
   ("state", "algorithms", "oracle", "oracle_nodes", "oracle_privacy"),
-  ("checkpoint", "engine", "fairness", "feed", "ledger", "matrix", "plan", "planning", "records", "spending", "texts",
-   "train", "workdir"),
+  ("checkpoint", "engine", "fairness", "feed", "ledger", "matrix", "plan", "planning", "records", "spending",
+   "texts", "train", "workdir"),
   ("comparison", "comparison_tables", "entries", "verdicts"),
-  ("reporting",),
+  ("reporting", "released", "harness"),
   ("experiment", "main", "compare", "prepare", "report", "evaluate", "export", "generate", "tokenizer", "__main__"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -73,7 +73,7 @@ class _Run:
       self.federation = algorithms.arranged(config, federation_lib.resolve(config))
       watching.check(config.logging)
       tokenizer = tokenizer_lib.load(config.data.tokenizer)
-      self.arch = _architecture(config, tokenizer)
+      self.arch = algorithms.architecture(config, tokenizer)
       algorithm = algorithms.make(config, self.arch, self.federation)
       self.mesh = _mesh(config, self.federation, self.arch)
     _check_same_in_all(workdir_lib.describe(config, self.federation, {}))
@@ -360,17 +360,6 @@ def _check_same_in_all(description: dict[str, Any]) -> None:
     found = config_lib.differences(first, other)
     checks.require(not found, "--process_id", i, "the config of process 0, as all processes have to have",
                    f"it differs in: {'; '.join(found[:8])}")
-
-
-def _architecture(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> model.Architecture:
-  separator = tokenizer.separator_id if config.data.document_mask else None
-  arch = model.architecture(config.model, tokenizer.vocab_size, separator, algorithms.num_key_layers(config))
-  if arch.vocab_size < tokenizer.vocab_size:
-    raise checks.InputError(
-      f"config.model.vocab_size={arch.vocab_size}: expected at least {tokenizer.vocab_size}, the vocabulary of "
-      f"{config.data.tokenizer!r}; set it to 0 to take the tokenizer's"
-    )
-  return arch
 
 
 def _names(federation: federation_lib.Federation, step: schedule.Step) -> str:
