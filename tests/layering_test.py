@@ -17,12 +17,12 @@ LAYERS = (
   ("config", "rngs", "validation"),
   ("model", "data", "distributed", "federation", "links", "partition", "metrics", "progress", "signals",
    "tree_sources", "watching"),
-  ("local", "exchange", "privacy", "scoring", "schedule", "likelihood"),
+  ("local", "exchange", "privacy", "scoring", "schedule", "likelihood", "generation"),
   ("state", "algorithms", "oracle", "oracle_nodes", "oracle_privacy"),
-  ("checkpoint", "engine", "fairness", "feed", "ledger", "matrix", "plan", "planning", "records", "spending",
-   "texts", "train", "workdir"),
+  ("checkpoint", "compiled", "engine", "fairness", "feed", "ledger", "matrix", "plan", "planning", "records",
+   "spending", "texts", "train", "workdir"),
   ("comparison", "comparison_tables", "entries", "verdicts"),
-  ("reporting", "released", "harness"),
+  ("reporting", "released", "harness", "model_card"),
   ("experiment", "main", "compare", "prepare", "report", "evaluate", "export", "generate", "tokenizer", "__main__"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -17,6 +17,8 @@ COMMANDS = {  # name -> module, of which `python -m worldlm_jax.MODULE` does the
   "train": "main",
   "compare": "compare",
   "report": "report",
+  "export": "export",
+  "generate": "generate",
   "tokenizer": "tokenizer",
   "prepare": "prepare",
 }

@@ -14,12 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from worldlm_jax import algorithms, checkpoint, checks, config as config_lib, model, trees
+from worldlm_jax import algorithms, checkpoint, checks, config as config_lib, model, trees, workdir as workdir_lib
 from worldlm_jax.data import tokenizer as tokenizer_lib
 from worldlm_jax.exchange import trust as trust_lib
 from worldlm_jax.reporting import files
-
-TOKENIZER = "tokenizer.json"  # in the work directory: a copy of the run's tokenizer, where it came from a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,12 @@ class Released:
   trust: float  # 1: the node's own training; 0: its parent's model
   round: int  # rounds finished at the checkpoint
   step: int  # phases of the next round done since; 0 after a finished run
-  tokens: int  # that the node had trained on by then
+  tokens_by_node: Mapping[str, int]  # that nodes had trained on by then, by path
+
+  @property
+  def tokens(self) -> int:
+    """That the node itself had trained on by then."""
+    return self.tokens_by_node.get(self.path, 0)
 
   @property
   def is_final(self) -> bool:
@@ -66,17 +69,14 @@ def load_nodes(
 ) -> list[Released]:
   """The models in use of several nodes, all in memory; see `load`."""
   run = open_run(workdir)
-  for path in paths:
-    checks.require(path in run.tree.parents, "--node", path, f"the path of a node of {run.folder}",
-                   checks.did_you_mean(path, run.tree.paths) or f"it has {', '.join(map(repr, run.tree.paths[:20]))}")
+  check_nodes(run, paths)
   config = _config(run)
   loaded = tokenizer_lib.load(tokenizer or _tokenizer_of(run))
   arch = algorithms.architecture(config, loaded)
   stored, models = _newest(run, arch, paths, say or (lambda line: None))
   now = stored.record
   return [
-    Released(path, arch, params, loaded, config, run, trust, int(now["round"]), int(now["step"]),
-             int(now["tokens"].get(path, 0)))
+    Released(path, arch, params, loaded, config, run, trust, int(now["round"]), int(now["step"]), now["tokens"])
     for path, (params, trust) in zip(paths, models, strict=True)
   ]
 
@@ -88,6 +88,13 @@ def open_run(workdir: str | Path) -> files.Run:
     runs = [str(run["workdir"]) for run in found.content["runs"]]
     checks.fail("--workdir", str(workdir), "the folder of a run, not of a comparison", f"name one of {', '.join(runs)}")
   return found
+
+
+def check_nodes(run: files.Run, paths: Sequence[str]) -> None:
+  """Raises `InputError` unless all of them are nodes of the run."""
+  for path in paths:
+    checks.require(path in run.tree.parents, "--node", path, f"the path of a node of {run.folder}",
+                   checks.did_you_mean(path, run.tree.paths) or f"it has {', '.join(map(repr, run.tree.paths[:20]))}")
 
 
 def _config(run: files.Run) -> config_lib.Config:
@@ -112,7 +119,7 @@ def _config(run: files.Run) -> config_lib.Config:
 def _tokenizer_of(run: files.Run) -> str:
   """The run's own copy of its tokenizer, or where it found it."""
   spec = str(run.record["config"]["data"]["tokenizer"])
-  copy = run.folder / TOKENIZER
+  copy = run.folder / workdir_lib.TOKENIZER
   return str(copy) if spec != "bytes" and copy.exists() else spec
 
 

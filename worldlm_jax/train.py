@@ -34,6 +34,7 @@ from worldlm_jax import (
   workdir as workdir_lib,
 )
 from worldlm_jax.data import tokenizer as tokenizer_lib
+from worldlm_jax.model import llama
 
 PLACES_PER_ROUND = 10_000  # a checkpoint's number is round * PLACES_PER_ROUND + step within the round
 
@@ -82,8 +83,11 @@ class _Run:
     if algorithm.needs_validation:
       windows = config.evaluation.acceptance_windows
       validation = [e.arrays() for e in self.texts.evaluations("valid", windows, length)]
+    with distributed.agreed():
+      start = config.model.init_from
+      initial = llama.read(Path(start).expanduser(), self.arch) if start else None
     self.engine = engine_lib.Engine(
-      config, self.federation, self.arch, self.mesh, algorithm, self.texts.train_tokens, validation
+      config, self.federation, self.arch, self.mesh, algorithm, self.texts.train_tokens, validation, initial=initial
     )
     abstract = self.engine.abstract_state()
     self._claim(overwrite, trees.num_bytes(abstract))
@@ -270,6 +274,7 @@ class _Run:
         workdir_lib.check_space(self.workdir, state_bytes, self.config.checkpoint)
         description = workdir_lib.describe(self.config, self.federation, self.texts.digests)
         changed = workdir_lib.claim(self.workdir, description, overwrite=overwrite)
+        workdir_lib.keep_tokenizer(self.workdir, self.config.data.tokenizer)
       if changed:
         self.reporter.message(f"resuming with other versions, so not to the same bits: {'; '.join(changed)}")
     distributed.check_shared(self.workdir)

@@ -4,6 +4,7 @@ A row says how it arranges the configured tree (`arrange`), whether its models h
 without them the backbone is the whole model), and how its pair of rules is made (`make`).
 """
 
+import dataclasses
 from types import ModuleType
 
 from worldlm_jax import checks, model
@@ -12,6 +13,7 @@ from worldlm_jax.algorithms.rules import Algorithm
 from worldlm_jax.config import ALGORITHMS, Config, num_key_layers as configured_key_layers
 from worldlm_jax.data.tokenizer import Tokenizer
 from worldlm_jax.federation import Federation
+from worldlm_jax.model import llama
 from worldlm_jax.privacy import policy
 
 ROWS: dict[str, ModuleType] = dict(zip(
@@ -25,8 +27,9 @@ def arranged(config: Config, federation: Federation) -> Federation:
 
 
 def adapted(config: Config) -> Config:
-  """The config as its algorithm wants it; only `worldlm_paper` changes anything."""
-  return worldlm_paper.adapt(config) if config.algorithm == "worldlm_paper" else config
+  """The config as its run records it: as its algorithm wants it, with the sizes of the model that it starts from."""
+  config = worldlm_paper.adapt(config) if config.algorithm == "worldlm_paper" else config
+  return dataclasses.replace(config, model=llama.adopted(config.model)) if config.model.init_from else config
 
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
