@@ -9,47 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from worldlm_jax import checkpoint, checks, ledger, released, trees, workdir
-
-TRUSTS = (1.0, 0.25, 0.0, 0.75, 0.5)  # of a level's nodes in turn
-
-
-def _run(rounds: Any, folder: Path, **settings: Any) -> Any:
-  """A work directory as a run leaves it, with arbitrary numbers for a state, and the harness that has the state."""
-  config = rounds.tiny_config(rounds.node(
-    "world", rounds.node("a"), rounds.node("b", rounds.node("p"), rounds.node("q"), data=False), trust="validated"
-  ))
-  config.model.vocab_size = 257
-  for name, value in settings.items():
-    setattr(config, name, value)
-  harness = rounds.Harness(config, num_devices=2)
-  federation, draw = harness.federation, np.random.default_rng(0)
-
-  def arbitrary(leaf: jax.Array) -> jax.Array:
-    return jax.device_put(draw.normal(size=leaf.shape).astype(np.float32), leaf.sharding)
-
-  harness.state = tuple(
-    level._replace(
-      params=jax.tree.map(arbitrary, level.params), handed=jax.tree.map(arbitrary, level.handed),
-      trust=jax.device_put(np.resize(np.float32(TRUSTS), level.trust.shape), level.trust.sharding),
-    ) if harness.engine.algorithm.trusts and number else level._replace(params=jax.tree.map(arbitrary, level.params))
-    for number, level in enumerate(harness.state)
-  )
-  workdir.claim(folder, workdir.describe(harness.config, federation, {}), overwrite=False)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.checkpoint, federation)
-  for index in (1, 2):
-    record = ledger.Progress(index, 0, tokens={m.path: 7 * index for m in federation.members})
-    checkpoints.save(10_000 * index, harness.state, vars(record), None)
-  checkpoints.wait()
-  checkpoints.close()
-  return harness
-
-
-@pytest.fixture(scope="module")
-def run(rounds: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-  folder = tmp_path_factory.mktemp("released") / "run"
-  return folder, _run(rounds, folder)
-
+from worldlm_jax import checks, released, trees, workdir
+from worldlm_jax.data import tokenizer, tokenizer_files
 
 def _assert_are_those_in_use(folder: Path, harness: Any) -> None:
   members = harness.federation.members
@@ -66,8 +27,8 @@ def _assert_are_those_in_use(folder: Path, harness: Any) -> None:
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=member.path)
 
 
-def test_released_models_are_those_that_the_engine_scores(run: tuple[Path, Any]) -> None:
-  _assert_are_those_in_use(*run)
+def test_released_models_are_those_that_the_engine_scores(stored: tuple[Path, Any]) -> None:
+  _assert_are_those_in_use(*stored)
 
 
 @pytest.mark.parametrize("settings", [{"payload": "int8"}, {"algorithm": "fedavg"}, {"algorithm": "centralized"}],
@@ -75,32 +36,32 @@ def test_released_models_are_those_that_the_engine_scores(run: tuple[Path, Any])
 def test_also_where_edges_round_and_where_the_tree_is_another(
   rounds: Any, tmp_path: Path, settings: dict[str, str]
 ) -> None:
-  harness = _run(rounds, tmp_path / "run", **settings)
+  harness = rounds.write_run(tmp_path / "run", **settings)
   assert (harness.state[1].handed is not None) == ("payload" in settings)
   _assert_are_those_in_use(tmp_path / "run", harness)
 
 
-def test_a_model_comes_with_what_is_known_of_it(run: tuple[Path, Any]) -> None:
-  folder, harness = run
+def test_a_model_comes_with_what_is_known_of_it(stored: tuple[Path, Any]) -> None:
+  folder, harness = stored
   found = released.load(folder, "b/p")
   assert found.arch == harness.arch and found.tokenizer.name == "bytes" and found.config.data == harness.config.data
   assert (found.round, found.step, found.tokens, found.is_final) == (2, 0, 14, False)
   assert found.run.tree.parents["b/p"] == "b"
 
 
-def test_what_is_not_there_is_said(run: tuple[Path, Any], tmp_path: Path) -> None:
+def test_what_is_not_there_is_said(stored: tuple[Path, Any], tmp_path: Path) -> None:
   with pytest.raises(checks.InputError, match=r"--node='b/pp': expected the path of a node.*did you mean 'b/p'\?"):
-    released.load(run[0], "b/pp")
+    released.load(stored[0], "b/pp")
   with pytest.raises(checks.InputError, match=r"--workdir=.*a folder that holds a run"):
     released.load(tmp_path, ".")
   copy = tmp_path / "run"
   copy.mkdir()
-  record = json.loads((run[0] / "config.json").read_text())
+  record = json.loads((stored[0] / "config.json").read_text())
   record["config"]["model"]["d_ff"] = 19
   (copy / "config.json").write_text(json.dumps(record))
   with pytest.raises(checks.InputError, match="it has saved none yet"):
     released.load(copy, ".")
-  shutil.copytree(run[0] / "checkpoints", copy / "checkpoints")
+  shutil.copytree(stored[0] / "checkpoints", copy / "checkpoints")
   with pytest.raises(checks.InputError, match=r"params.*'down'.*expected float32\[nodes, 1, 19, 12\]"):
     released.load(copy, ".")
   record["config"]["model"]["wings"] = 2
@@ -109,9 +70,9 @@ def test_what_is_not_there_is_said(run: tuple[Path, Any], tmp_path: Path) -> Non
     released.load(copy, ".")
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_left_alone(run: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_left_alone(stored: tuple[Path, Any], tmp_path: Path) -> None:
   copy, said = tmp_path / "run", []
-  shutil.copytree(run[0], copy)
+  shutil.copytree(stored[0], copy)
   max((copy / "checkpoints" / "20000").rglob("d/*"), key=lambda path: path.stat().st_size).unlink()
   (copy / "checkpoints" / "30000.orbax-checkpoint-tmp-0").mkdir()  # a run that is writing
   before = sorted(copy.rglob("*"))
@@ -123,12 +84,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_alone(run: tuple[Path, Any
     released.load(copy, "a")
 
 
-def test_a_tokenizer_that_went_with_the_run_is_found_there(run: tuple[Path, Any], tmp_path: Path) -> None:
-  copy = tmp_path / "run"
-  shutil.copytree(run[0], copy)
+def test_a_tokenizer_that_went_with_the_run_is_found_there(stored: tuple[Path, Any], tmp_path: Path) -> None:
+  copy, source = tmp_path / "run", tmp_path / "bytes"
+  source.mkdir()
+  tokenizer_files.write(source, tokenizer.ByteTokenizer(), 7)
+  shutil.copytree(stored[0], copy)
+  workdir.keep_tokenizer(copy, "bytes")
+  assert not (copy / "tokenizer.json").exists()
   record = json.loads((copy / "config.json").read_text())
-  record["config"]["data"] |= {"tokenizer": str(tmp_path / "gone.json")}
+  record["config"]["data"] |= {"tokenizer": str(source)}
   (copy / "config.json").write_text(json.dumps(record))
-  with pytest.raises(checks.InputError, match=r"config.data.tokenizer=.*gone.json"):
+  workdir.keep_tokenizer(copy, str(source))
+  shutil.rmtree(source)
+  found = released.load(copy, "a").tokenizer
+  assert found.name.startswith("tokenizer.json@") and list(found.encode("ok")) == [*b"ok"]
+  (copy / "tokenizer.json").unlink()
+  with pytest.raises(checks.InputError, match=r"config.data.tokenizer=.*bytes"):
     released.load(copy, "a")
-  assert released.load(copy, "a", tokenizer="bytes").tokenizer.vocab_size == 257
+  assert released.load(copy, "a", tokenizer="bytes").tokenizer.name == "bytes"
