@@ -104,7 +104,8 @@ def test_configs_of_earlier_versions_mean_what_they_meant(tmp_path: Path) -> Non
          "num_attention_heads": 4, "vocab_size": V, "rope_theta": 77.0, "hidden_act": "silu", "rope_scaling": None}
   (tmp_path / llama.CONFIG).write_text(json.dumps(old))
   found = llama.model_config(tmp_path)
-  assert (found["num_kv_heads"], found["rope_base"], found["norm_epsilon"], found["tied_head"]) == (4, 77.0, 1e-6, False)
+  expected = {"num_kv_heads": 4, "rope_base": 77.0, "norm_epsilon": 1e-6, "tied_head": False}
+  assert {name: found[name] for name in expected} == expected
   del old["rope_theta"]
   (tmp_path / llama.CONFIG).write_text(json.dumps(old))
   assert llama.model_config(tmp_path)["rope_base"] == 10_000.0

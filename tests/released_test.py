@@ -12,6 +12,7 @@ import pytest
 from worldlm_jax import checks, released, trees, workdir
 from worldlm_jax.data import tokenizer, tokenizer_files
 
+
 def _assert_are_those_in_use(folder: Path, harness: Any) -> None:
   members = harness.federation.members
   found = {model.path: model for model in released.load_nodes(folder, [m.path for m in reversed(members)])}
