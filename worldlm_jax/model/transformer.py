@@ -118,9 +118,9 @@ class Cache(NamedTuple):
 def empty_cache(arch: Architecture, num_windows: int, length: int) -> Cache:
   """A cache for windows of up to `length` tokens."""
   shape = num_windows, length, arch.num_kv_heads, arch.d_model // arch.num_heads
-  depths = filter(None, (arch.num_layers - arch.num_key_layers, arch.num_key_layers))
-  keys = tuple(jnp.zeros((depth, *shape), jnp.dtype(arch.compute_dtype)) for depth in depths)
-  return Cache(keys, keys, jnp.zeros((num_windows, length), jnp.int32))
+  depths = [depth for depth in (arch.num_layers - arch.num_key_layers, arch.num_key_layers) if depth]
+  keys, values = (tuple(jnp.zeros((m, *shape), jnp.dtype(arch.compute_dtype)) for m in depths) for _ in range(2))
+  return Cache(keys, values, jnp.zeros((num_windows, length), jnp.int32))
 
 
 def extend(
