@@ -112,7 +112,7 @@ def write(folder: Path, arch: Architecture, params: Params, max_shard_bytes: int
   if len(shards) > 1:
     index = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})
-  _write_json(folder / CONFIG, llama_config(arch) | config)
+  _write_json(folder / CONFIG, llama_config(arch) | dict(config))
 
 
 def total_bytes(arch: Architecture) -> int:
