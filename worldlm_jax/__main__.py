@@ -17,6 +17,7 @@ COMMANDS = {  # name -> module, of which `python -m worldlm_jax.MODULE` does the
   "train": "main",
   "compare": "compare",
   "report": "report",
+  "evaluate": "evaluate",
   "export": "export",
   "generate": "generate",
   "tokenizer": "tokenizer",

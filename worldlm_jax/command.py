@@ -70,7 +70,7 @@ class Flags:
     own, lines = _own_flags(), [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
     column = 4 + max((len(_usage(flag)) for flag in own), default=0)
     for flag in sorted(own, key=lambda flag: flag.name not in self.required):
-      text = flag.help.partition(REPEATED)[0]
+      text = (flag.help or "").partition(REPEATED)[0]
       if flag.default not in (None, False, "", 0, -1, []):
         text += f" Default: {flag.default_as_str.strip(chr(39))}."
       if flag.name in self.required:

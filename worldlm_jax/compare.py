@@ -16,7 +16,18 @@ import sys
 import jax
 from absl import flags
 
-from worldlm_jax import checks, command, comparison, comparison_tables, config, experiment, progress, report, train
+from worldlm_jax import (
+  checks,
+  command,
+  comparison,
+  comparison_tables,
+  compiled,
+  config,
+  experiment,
+  progress,
+  report,
+  train,
+)
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison; it is made, or resumed from.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh the runs that are there.")
@@ -26,7 +37,7 @@ _ONLY = flags.DEFINE_list("only", [], "Names of the entries to run; empty: all o
 def main(_: list[str]) -> int:
   """Runs the comparison of the flags and returns the exit code."""
   called = shlex.join(["python", "-m", "worldlm_jax.compare", *sys.argv[1:]])
-  experiment.keep_compiled()
+  compiled.keep()
   try:
     content = comparison.run(experiment.compared(), str(_WORKDIR.value), only=_ONLY.value, overwrite=_OVERWRITE.value,
                              command=called, reporters=progress.for_stdout)

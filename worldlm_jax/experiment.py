@@ -2,24 +2,20 @@
 
 import dataclasses
 import itertools
-import os
 import textwrap
 import typing
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from worldlm_jax import checks, command, config as config_lib, federation, validation
-from worldlm_jax.data import cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File whose get_config() returns the experiment.")
 NODE = flags.DEFINE_multi_string("node", [], "PATH.FIELD=VALUE: a node's own setting, inherited by all below it; may "
                                  "be repeated.")
 
-LEAST_SECONDS_TO_KEEP = 0.2  # that compiling takes, for a program to be worth a file
 LESS_MEMORY = "try a lower config.nodes_at_once or config.optimizer.microbatch_size, or config.model.remat"
 
 
@@ -57,14 +53,6 @@ class Flags(command.Flags):
       text = f"{group}: {' '.join(names)}" if group else " ".join(names)
       lines += textwrap.wrap(text, command.WIDEST, initial_indent="  ", subsequent_indent="    ")
     return super().help() + "\n" + "\n".join(lines)
-
-
-def keep_compiled() -> None:
-  """Has JAX keep compiled programs in the user's cache folder, for the next run; its own variables come first."""
-  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    jax.config.update("jax_compilation_cache_dir", str(cache.user_folder() / "compiled"))
-  if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS_TO_KEEP)
 
 
 def configured() -> config_lib.Config:

@@ -77,7 +77,7 @@ class Scorer:
         greedy[i] &= bool(greedy_B[row])
       done += len(batch)
       self._say(done, len(parts))
-    return [Likelihood(float(score), bool(likeliest)) for score, likeliest in zip(log_probabilities, greedy, strict=True)]
+    return [Likelihood(*found) for found in zip(log_probabilities.tolist(), greedy.tolist(), strict=True)]
 
 
 def _windows(tokens: np.ndarray, first: int, length: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -18,7 +18,7 @@ other numbers of processes and devices.
 import jax
 from absl import flags
 
-from worldlm_jax import checks, command, distributed, experiment, plan, progress, spending, train
+from worldlm_jax import checks, command, compiled, distributed, experiment, plan, progress, spending, train
 from worldlm_jax.planning import machines
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.")
@@ -40,7 +40,7 @@ def main(_: list[str]) -> int:
       return command.OK
     checks.require(_WORKDIR.value is not None, "--workdir", None, "a folder", "or --plan, which needs none")
     distributed.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    experiment.keep_compiled()
+    compiled.keep()
     summary = train.run(experiment.configured(), str(_WORKDIR.value), overwrite=_OVERWRITE.value, reporter=reporter)
   except train.Interrupted as stop:
     return command.interrupted(stop)

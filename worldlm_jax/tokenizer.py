@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from absl import flags
 
-from worldlm_jax import checks, command, config as config_lib, experiment, federation as federation_lib
+from worldlm_jax import checks, command, config as config_lib, experiment, federation as federation_lib, metrics
 from worldlm_jax.data import cache, tokenizer as tokenizer_lib
 
 SEPARATOR = tokenizer_lib.SEPARATORS[0]
@@ -44,15 +44,10 @@ def train(
   """
   checks.require(vocab_size >= SMALLEST, "--vocab_size", vocab_size, f"at least {SMALLEST}: every byte and a separator")
   checks.require(max_bytes_per_node >= 0, "--max_bytes_per_node", max_bytes_per_node, "at least 0")
-  checks.require(not out.is_dir(), "--out", str(out), "a file, but it is a folder")
   federation = federation_lib.resolve(config)
   checks.one_of("--federation", path, [member.path for member in federation.members])
+  metrics.check_writable("--out", out)
   partial = out.with_name(out.name + ".new")
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.touch()
-  except OSError as error:
-    checks.fail("--out", str(out), f"a file that can be written ({error.strerror})", "choose another place")
   try:
     return _train(config, federation, out, partial, vocab_size, path, max_bytes_per_node)
   finally:
