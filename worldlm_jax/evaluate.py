@@ -64,12 +64,13 @@ def evaluate(
     content["lm_eval"] = _harness().version()
   for path in nodes:
     node = first if path == first.path else released.load(workdir, path, tokenizer=tokenizer)
-    scorer = likelihood.Scorer(node.arch, node.params, data.sequence_length, tokens_at_once, _Progress(path))
+    sizes, said = (data.sequence_length, tokens_at_once), _Progress(path)
     found: dict[str, Any] = {"round": node.round, "is_final": node.is_final, "tokens_trained_on": node.tokens}
     if loaded is None:
+      scorer = likelihood.Scorer(node.arch, node.params, *sizes, said)
       found["texts"] = {name: text_scores.score(scorer, text, limit) for name, text in given.items()}
     else:
-      found["tasks"] = loaded.evaluate(_harness().NodeLM(scorer, node.tokenizer))
+      found["tasks"] = loaded.evaluate(_harness().NodeLM(node.arch, node.params, node.tokenizer, *sizes, said))
     content["nodes"][path] = found
   return content
 

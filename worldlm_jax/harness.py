@@ -7,27 +7,46 @@ as many tokens as the windows had that it was trained on; of what is longer, see
 """
 
 import importlib.metadata
+import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from worldlm_jax import checks, likelihood
+from worldlm_jax import checks, continuation, generation, likelihood, model
 from worldlm_jax.data import tokenizer as tokenizer_lib
+
+USUAL_TOKENS = 256  # that a continuation has at most, where its task does not say
+MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # what tasks call it
 
 
 class NodeLM(LM):
-  """What `lm-eval` asks of a model."""
+  """What `lm-eval` asks of a model.
 
-  def __init__(self, scorer: likelihood.Scorer, tokenizer: tokenizer_lib.Tokenizer):
+  Args:
+    arch: the architecture.
+    params: of one node.
+    tokenizer: the model's.
+    length: how many tokens it sees at most: as many as the windows predict that it was trained on.
+    tokens_at_once: roughly, how many tokens a device predicts at a time.
+    say: as for `likelihood.Scorer`.
+  """
+
+  def __init__(
+    self, arch: model.Architecture, params: model.Params, tokenizer: tokenizer_lib.Tokenizer, length: int,
+    tokens_at_once: int, say: Callable[[int, int], None] = lambda done, of: None,
+  ):
     super().__init__()
-    self._scorer, self._tokenizer = scorer, tokenizer
+    self._scorer = likelihood.Scorer(arch, params, length, tokens_at_once, say)
+    self._arch, self._params, self._tokenizer = arch, params, tokenizer
+    self._length, self._tokens_at_once, self._say = length, tokens_at_once, say
 
   @property
   def tokenizer_name(self) -> str:
@@ -47,6 +66,37 @@ class NodeLM(LM):
       for request, each in zip(requests, found, strict=True)
     ]
 
+  def generate_until(self, requests: list[Instance]) -> list[str]:
+    """What the model adds to each context, before the first of its stop strings or the end of the document."""
+    groups: dict[str, list[int]] = {}  # those that are drawn alike, by how
+    for i, request in enumerate(requests):
+      groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+    params = jax.device_put(self._params, jax.local_devices()[0])
+    found, done = [""] * len(requests), 0
+    for alike in groups.values():
+      wanted = _Wanted.of(requests[alike[0]].args[1], self._length)
+      prompts = [self._prompt(requests[i].args[0], self._length - wanted.max_tokens) for i in alike]
+      added = continuation.continue_all(
+        self._arch, params, prompts, self._tokenizer.vocab_size, max_tokens=wanted.max_tokens,
+        ended=lambda ids, stops=wanted.stops: self._cut(ids, stops)[1], sampling=wanted.sampling,
+        tokens_at_once=self._tokens_at_once,
+      )
+      for i, ids in zip(alike, added, strict=True):
+        found[i] = self._cut(ids, wanted.stops)[0]
+      done += len(alike)
+      self._say(done, len(requests))
+    return [self._told("generate_until", request, text) for request, text in zip(requests, found, strict=True)]
+
+  def _prompt(self, context: str, most: int) -> list[int]:
+    """A context as the beginning of a document; what does not fit is left out at its beginning."""
+    return generation.prompt_ids(self._tokenizer, context)[-most:]
+
+  def _cut(self, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, bool]:
+    """The text of added tokens up to its end, and whether they have reached it."""
+    text = self._tokenizer.decode(list(generation.until(ids, self._tokenizer.separator_id)))
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text, bool(places) or self._tokenizer.separator_id in ids
+
   def _sequence(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
     """Tokens from the separator on, and the place of the continuation's first.
 
@@ -60,6 +110,25 @@ class NodeLM(LM):
   def _told(self, kind: str, request: Instance, result: Any) -> Any:
     self.cache_hook.add_partial(kind, request.args, result)
     return result
+
+
+class _Wanted(NamedTuple):
+  """How a task wants continuations to be drawn."""
+
+  stops: tuple[str, ...]
+  max_tokens: int
+  sampling: generation.Sampling
+
+  @classmethod
+  def of(cls, given: Mapping[str, Any], length: int) -> "_Wanted":
+    """From the harness's `gen_kwargs`. At most half of what the model sees is left to what it adds."""
+    until = given.get("until") or ()
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    most = next((given[name] for name in MOST_TOKENS if given.get(name)), USUAL_TOKENS)
+    # As in the transformers library, a temperature is for those who ask to sample.
+    temperature = float(given.get("temperature") or 1.0) if given.get("do_sample") else 0.0
+    sampling = generation.Sampling(temperature, int(given.get("top_k") or 0), float(given.get("top_p") or 1.0))
+    return cls(tuple(stop for stop in stops if stop), max(1, min(int(most), length // 2)), sampling)
 
 
 class Tasks:
