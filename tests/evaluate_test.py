@@ -1,5 +1,6 @@
 """A run's models on given texts, as the run itself scores them, and the command as a person uses it."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -99,8 +100,7 @@ def test_a_file_becomes_windows_as_in_training(
 
 
 def test_ancestors_follow_their_nodes(run: tuple[Path, Any]) -> None:
-  assert evaluate.with_ancestors(run[0], ["b/c", "a"]) == ["b/c", "b", "./", "a"] or evaluate.with_ancestors(
-    run[0], ["b/c", "a"]) == ["b/c", "b", ".", "a"]
+  assert evaluate.with_ancestors(run[0], ["b/c", "a"]) == ["b/c", "b", ".", "a"]
 
 
 @pytest.mark.parametrize(("node", "given", "message"), [
@@ -119,12 +119,12 @@ def test_mistakes_are_found_before_anything_is_scored(
 
 def test_less_text_than_a_window_is_bad_input(tmp_path: Path) -> None:
   (tmp_path / "tiny.txt").write_text("rye")
-  with pytest.raises(checks.InputError, match="expected text of more than 7 tokens, .*, not 4"):
+  with pytest.raises(checks.InputError, match=r"expected text of more than 7 tokens, .*, not 4"):
     text_scores.read(str(tmp_path / "tiny.txt"), tokenizer_lib.ByteTokenizer(), config.DataConfig(sequence_length=7))
 
 
 def test_the_tables_show_scores_with_their_errors(content: dict[str, Any], texts: dict[str, str]) -> None:
-  console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+  console = Console(width=160, record=True, file=io.StringIO())
   evaluate.show(content, console)
   shown = console.export_text()
   found = content["nodes"]["a"]["texts"][texts["short"]]
@@ -133,10 +133,11 @@ def test_the_tables_show_scores_with_their_errors(content: dict[str, Any], texts
   tasks = {"nodes": {"a": {"tasks": {"quiz": {"num_fewshot": 3, "documents": 8, "metrics": {
     "acc": {"value": 0.25, "standard_error": 0.1}, "f1": {"value": 0.5, "standard_error": None}
   }}}}}}
-  console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+  console = Console(width=160, record=True, file=io.StringIO())
   evaluate.show(tasks, console)
   rows = [line.split() for line in console.export_text().splitlines()]
-  assert ["a", "quiz", "acc", "0.2500", "±", "0.1000", "3", "8"] in rows and ["a", "quiz", "f1", "0.5000", "3", "8"] in rows
+  assert ["a", "quiz", "acc", "0.2500", "±", "0.1000", "3", "8"] in rows
+  assert ["a", "quiz", "f1", "0.5000", "3", "8"] in rows
 
 
 def test_the_command_writes_what_it_shows(
