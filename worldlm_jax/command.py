@@ -103,7 +103,7 @@ def start(main: Callable[[list[str]], int], own: Flags) -> None:
     try:
       return main(argv)
     except KeyboardInterrupt:
-      return interrupted("interrupted; run the same command again to go on")
+      return interrupted()
 
   app.run(run, flags_parser=parse)
 
@@ -122,7 +122,7 @@ def failed(error: Exception, remedy: str = "") -> int:
   return BAD_INPUT if isinstance(error, checks.InputError) else FAILED
 
 
-def interrupted(what: object) -> int:
+def interrupted(what: object = "interrupted; run the same command again to go on") -> int:
   """Says what was interrupted, and with what command line to go on; returns the exit code."""
   print(f"{what}:\n  {_again()}", file=sys.stderr)
   return INTERRUPTED

@@ -6,6 +6,7 @@ A prompt begins where a document does: behind the separator, as every document d
 as many tokens as the windows had that it was trained on; of what is longer, see `likelihood.Scorer.score`.
 """
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -148,7 +149,7 @@ class Tasks:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # It would fork to estimate standard errors, which a process with the threads of JAX must not.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    self._manager = TaskManager(include_path=folder or None)
+    self._manager = manager(folder)
     self._num_fewshot, self._limit = num_fewshot, limit
     self.names = list(dict.fromkeys(match for name in names for match in self._matching(name)))
     for name in self.names:
@@ -181,6 +182,12 @@ class Tasks:
       hint = checks.did_you_mean(name, self._manager.all_tasks)
       checks.fail("--tasks", name, "a task of lm-eval or of --task_folder", hint or "lm-eval ls tasks lists them")
     return found
+
+
+@functools.cache  # it reads thousands of files
+def manager(folder: str) -> TaskManager:
+  """All tasks by name: the harness's, and those of the YAML files in `folder`; "" for none."""
+  return TaskManager(include_path=folder or None)
 
 
 def version() -> str:

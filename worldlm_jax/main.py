@@ -44,6 +44,8 @@ def main(_: list[str]) -> int:
     summary = train.run(experiment.configured(), str(_WORKDIR.value), overwrite=_OVERWRITE.value, reporter=reporter)
   except train.Interrupted as stop:
     return command.interrupted(stop)
+  except KeyboardInterrupt:  # before it listens for signals, or the second one
+    return distributed.leave(command.interrupted())
   except (checks.InputError, FloatingPointError) as error:  # all processes meet the same
     return command.failed(error)
   except (OSError, jax.errors.JaxRuntimeError) as error:
