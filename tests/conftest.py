@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,15 +20,18 @@ import pytest
 
 from worldlm_jax import (
   algorithms,
+  checkpoint as checkpoint_lib,
   config as config_lib,
   engine as engine_lib,
   federation as federation_lib,
   feed,
+  ledger as ledger_lib,
   local,
   model,
   oracle as oracle_lib,
   partition,
   schedule,
+  workdir as workdir_lib,
 )
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -176,6 +180,40 @@ def run(
   return harness
 
 
+def write_run(folder: Path, **settings: Any) -> Harness:
+  """A work directory as an unfinished run leaves it after two rounds, with arbitrary numbers for a state.
+
+  Bytes are its tokens. The harness has the state; some nodes lie between their parents and their own training.
+  """
+  config = tiny_config(
+    node("world", node("a"), node("b", node("p"), node("q"), data=False), trust="validated")
+  )
+  config.model.vocab_size = 257
+  for name, value in settings.items():
+    setattr(config, name, value)
+  harness = Harness(config, num_devices=2)
+  federation, draw, trusts = harness.federation, np.random.default_rng(0), np.float32([1.0, 0.25, 0.0, 0.75, 0.5])
+
+  def arbitrary(leaf: jax.Array) -> jax.Array:
+    return jax.device_put(draw.normal(size=leaf.shape).astype(np.float32), leaf.sharding)
+
+  levels = []
+  for number, level in enumerate(harness.state):
+    level = level._replace(params=jax.tree.map(arbitrary, level.params), handed=jax.tree.map(arbitrary, level.handed))
+    if harness.engine.algorithm.trusts and number:
+      level = level._replace(trust=jax.device_put(np.resize(trusts, level.trust.shape), level.trust.sharding))
+    levels.append(level)
+  harness.state = tuple(levels)
+  workdir_lib.claim(folder, workdir_lib.describe(harness.config, federation, {}), overwrite=False)
+  checkpoints = checkpoint_lib.Checkpoints(folder / "checkpoints", config.checkpoint, federation)
+  for index in (1, 2):
+    record = ledger_lib.Progress(index, 0, tokens={m.path: 7 * index for m in federation.members})
+    checkpoints.save(10_000 * index, harness.state, vars(record), None)
+  checkpoints.wait()
+  checkpoints.close()
+  return harness
+
+
 def assert_trees_close(actual: Any, expected: Any, atol: float, message: str = "") -> None:
   """Leaf by leaf, naming the leaf."""
   for (path, a), (_, e) in zip(
@@ -197,5 +235,12 @@ def rounds() -> Any:
   """The helpers above as one namespace (tests cannot import each other)."""
   import types
 
-  names: list[Callable] = [tiny_config, node, run, Harness, assert_trees_close, windows_of]
+  names: list[Callable] = [tiny_config, node, run, Harness, write_run, assert_trees_close, windows_of]
   return types.SimpleNamespace(**{f.__name__: f for f in names}, vocab=VOCAB)
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Harness]:
+  """What `write_run` makes, for tests that read only."""
+  folder = tmp_path_factory.mktemp("stored") / "run"
+  return folder, write_run(folder)

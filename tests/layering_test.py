@@ -13,17 +13,17 @@ from worldlm_jax import config
 
 PACKAGE = Path(worldlm_jax.__file__).parent
 LAYERS = (
-  ("trees", "checks", "plain"),
+  ("trees", "checks", "plain", "command"),
   ("config", "rngs", "validation"),
   ("model", "data", "distributed", "federation", "links", "partition", "metrics", "progress", "signals",
    "tree_sources", "watching"),
-  ("local", "exchange", "privacy", "scoring", "schedule"),
+  ("local", "continuation", "exchange", "generation", "likelihood", "privacy", "scoring", "schedule"),
   ("state", "algorithms", "oracle", "oracle_nodes", "oracle_privacy"),
-  ("checkpoint", "engine", "fairness", "feed", "ledger", "matrix", "plan", "planning", "records", "spending", "texts",
-   "train", "workdir"),
+  ("checkpoint", "compiled", "engine", "fairness", "feed", "ledger", "matrix", "plan", "planning", "records",
+   "spending", "text_scores", "texts", "train", "workdir"),
   ("comparison", "comparison_tables", "entries", "verdicts"),
-  ("reporting",),
-  ("command", "main", "compare", "prepare", "report", "evaluate", "export", "generate", "tokenizer"),
+  ("reporting", "released", "harness", "model_card"),
+  ("experiment", "main", "compare", "prepare", "report", "evaluate", "export", "generate", "tokenizer", "__main__"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 

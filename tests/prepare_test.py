@@ -4,6 +4,7 @@ import collections
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -566,11 +567,11 @@ def _command(*arguments: str | Path) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(("arguments", "message"), [
   (["--corpus=pyle"], "error: --corpus='pyle': expected one of 'pile', 'mc4'; did you mean 'pile'?"),
-  (["--corpus=mc4", "--max_bytes_per_nod=3"], "error: Unknown command line flag 'max_bytes_per_nod'. Did you mean: "
-   "max_bytes_per_node ?"),
+  (["--corpus=mc4", "--max_bytes_per_nod=3"], "error: --max_bytes_per_nod is no flag of this command; did "
+   "you mean --max_bytes_per_node?"),
   (["--corpus=mc4", "--nodes=.,romance/frensh"], "did you mean 'romance/french'?"),
   (["--corpus=mc4", "--max_bytes_per_node=-3"], "-3 is not a non-negative integer"),
-  ([], "error: flag --corpus=None: Flag --corpus must have a value other than None."),
+  ([], "error: --corpus is missing: Which corpus: pile or mc4."),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_mistakes_in_flags_are_bad_input(tmp_path: Path, arguments: list[str], message: str) -> None:
   code, _, errors = _command(f"--out={tmp_path / 'out'}", *arguments)
@@ -581,8 +582,7 @@ def test_mistakes_in_flags_are_bad_input(tmp_path: Path, arguments: list[str], m
 
 _WAITS = """
 import signal, sys, time
-from absl import app
-from worldlm_jax import prepare
+from worldlm_jax import command, prepare
 from worldlm_jax.data import files
 real = files.read_jsonl
 def read_jsonl(stream, origin, *arguments):
@@ -594,7 +594,7 @@ def read_jsonl(stream, origin, *arguments):
 files.read_jsonl = read_jsonl
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 prepare.define_flags()
-app.run(prepare.main, flags_parser=prepare.parse_flags)
+command.start(prepare.main, command.Flags("corpus", "out"))
 """
 
 
@@ -608,7 +608,8 @@ def test_signals_end_it_with_75(pile: tuple[str, Places], tmp_path: Path, number
     _, errors = process.communicate(timeout=120)
   assert process.returncode == 75
   assert errors == (
-    f"interrupted: 1 of 5 input files are complete in {tmp_path / 'out'}; run the same command again to go on\n"
+    f"interrupted: 1 of 5 input files are complete in {tmp_path / 'out'}; run the same command again to go on:\n"
+    f"  {shlex.join([sys.executable, '-c', _WAITS, *arguments])}\n"
   )
 
 

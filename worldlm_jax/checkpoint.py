@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from worldlm_jax import checks, config as config_lib, distributed, metrics
+from worldlm_jax import checks, config as config_lib, distributed, metrics, trees
 from worldlm_jax.config import CheckpointConfig
 from worldlm_jax.federation import Federation
 from worldlm_jax.state import State
@@ -174,6 +174,57 @@ class Checkpoints:
       if metrics.out_of_space(error):
         raise metrics.no_space_error(self.folder) from error
       raise
+
+
+class Stored:
+  """A finished checkpoint, read in part: without the devices it was made on, and without changing anything.
+
+  A run may go on meanwhile. What is read is not held against the checksum, which is one of all arrays.
+
+  Raises:
+    ValueError: files are missing or cut short.
+  """
+
+  def __init__(self, folder: Path):
+    self.folder = folder.absolute()
+    if (note := folder / SIZES).exists() and json.loads(note.read_text()) != _sizes(folder):
+      raise ValueError("files are missing or cut short")
+    json_handler = ocp.JsonCheckpointHandler()
+    self.record = dict(ocp.Checkpointer(json_handler).restore(self.folder / "record", args=ocp.args.JsonRestore()))
+    self.structure: dict[str, str] = self.record.pop("structure")  # as in `Checkpoints._structure`
+
+  def rows(self, level: int, field: str, abstract: trees.PyTree, rows: Sequence[int]) -> trees.PyTree:
+    """Of one field of a level's state, such as "params", the rows of some nodes: numpy, leaves `[rows, ...]`.
+
+    Arrays are read one by one, so that no more than one of them is in memory for all nodes of the level.
+
+    Args:
+      level: of the tree.
+      field: of `state.LevelState`.
+      abstract: the field's tree for one node, of dicts alone; its leaves only say where arrays are.
+      rows: which nodes of the level.
+    """
+    num_levels = 1 + max(int(name[1 : name.index("]")]) for name in self.structure)
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+    def read(path: tuple, _: Any) -> np.ndarray:
+      item: Any = 0
+      for key in reversed(path):
+        item = {key.key: item}
+      levels = [{field: item} if number == level else None for number in range(num_levels)]
+      wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), levels)
+      found = checkpointer.restore(
+        self.folder / "state", args=ocp.args.PyTreeRestore(levels, restore_args=wanted, partial_restore=True)
+      )
+      return np.asarray(jax.tree.leaves(found)[0])[list(rows)]
+
+    return jax.tree_util.tree_map_with_path(read, abstract)
+
+
+def stored(folder: Path) -> list[Path]:
+  """The folders of the finished checkpoints under `folder`, the newest first."""
+  found = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+  return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 class _AnotherStructure(Exception):

@@ -6,18 +6,28 @@
 
 Ends with comparison.md, comparison.json and, with the extra `report`, a page with charts, report.html.
 
-The same command again resumes; a second process with the same command shares the work. Exit codes: 0 finished
-(runs that diverged are in the tables), 1 stopped by an error, 2 bad input, 75 interrupted with everything saved.
+The same command again resumes; a second process with the same command shares the work. Runs that diverge are in the
+tables; they are no error.
 """
 
-import functools
 import shlex
 import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from worldlm_jax import checks, command, comparison, comparison_tables, config, progress, report, train
+from worldlm_jax import (
+  checks,
+  command,
+  comparison,
+  comparison_tables,
+  compiled,
+  config,
+  experiment,
+  progress,
+  report,
+  train,
+)
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison; it is made, or resumed from.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh the runs that are there.")
@@ -27,15 +37,14 @@ _ONLY = flags.DEFINE_list("only", [], "Names of the entries to run; empty: all o
 def main(_: list[str]) -> int:
   """Runs the comparison of the flags and returns the exit code."""
   called = shlex.join(["python", "-m", "worldlm_jax.compare", *sys.argv[1:]])
-  command.keep_compiled()
+  compiled.keep()
   try:
-    content = comparison.run(command.compared(), str(_WORKDIR.value), only=_ONLY.value, overwrite=_OVERWRITE.value,
+    content = comparison.run(experiment.compared(), str(_WORKDIR.value), only=_ONLY.value, overwrite=_OVERWRITE.value,
                              command=called, reporters=progress.for_stdout)
   except train.Interrupted as stop:
-    print(stop, file=sys.stderr)
-    return command.INTERRUPTED
+    return command.interrupted(stop)
   except (checks.InputError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
-    return command.failed(error)
+    return command.failed(error, experiment.LESS_MEMORY)
   if content is not None:
     print(f"{comparison_tables.entries_table(content)}\n"
           f"perplexity on the test split; ± is the standard error over seeds; see {_WORKDIR.value}/comparison.md")
@@ -47,5 +56,4 @@ def main(_: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=functools.partial(command.parse_flags, config_type=config.Comparison))
+  command.start(main, experiment.Flags("workdir", config_type=config.Comparison))

@@ -212,13 +212,14 @@ class ModelConfig:
   attention: str = "auto"  # auto | xla | cudnn | splash: the kernel (see model/attention.py)
   remat: str = "none"  # none | blocks | dots: what the backward pass recomputes (dots: all but matrix products)
   key_layer_share: float = 0.3  # share of the blocks, from the top, that are key layers; 1: all blocks
+  init_from: str = ""  # folder of a Llama model of Hugging Face: its sizes, and parameters to start from; "": random
 
 
 @dataclasses.dataclass(slots=True)
 class DataConfig:
   """How documents become windows of tokens."""
 
-  tokenizer: str = "bytes"  # "bytes" or the path of a Hugging Face tokenizers JSON file
+  tokenizer: str = "bytes"  # "bytes", a Hugging Face tokenizers JSON file, or a folder with a tokenizer.json
   sequence_length: int = 128  # predicted tokens per window
   packing: str = "stream"  # stream: windows run on across documents | documents: each window is of one document
   document_mask: bool = False  # attention stays within the document (matters for packing=stream)

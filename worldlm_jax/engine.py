@@ -47,16 +47,18 @@ class Engine:
     validation: per level, int32 `[n, E, W]` validation batches and int32 `[n]` counts, for algorithms
       that look at them (`needs_validation`).
     home: where the nodes' state lies while they wait, and where they meet; as `config.waiting` says if None.
+    initial: the parameters to start from, on the host and the same in all processes; None: random ones.
   """
 
   def __init__(
     self, config: Config, federation: Federation, arch: model.Architecture, mesh: jax.sharding.Mesh,
     algorithm: rules.Algorithm, text_tokens: Mapping[str, int],
     validation: Sequence[tuple[np.ndarray, np.ndarray]] | None = None, home: jax.sharding.Mesh | None = None,
+    initial: model.Params | None = None,
   ):
     self.config, self.federation, self.arch, self.mesh = config, federation, arch, mesh
     self.home, self._lanes = home or mesh, mesh.shape[partition.NODE]
-    self.algorithm = algorithm
+    self.algorithm, self._initial = algorithm, initial
     self.topologies = self._topologies()
     if home is None:
       self.home = partition.choose_home(config.waiting, trees.num_bytes(self.abstract_state()), mesh)
@@ -85,11 +87,12 @@ class Engine:
   def init(self) -> state_lib.State:
     """The state before the first round; every node starts from the same parameters."""
     key = rngs.key(self.config.seed, "init")
-    return jax.jit(self._init, out_shardings=partition.shardings(jax.eval_shape(self._init, key), self.home))(key)
+    spread = partition.shardings(jax.eval_shape(self._init, key), self.home)
+    return jax.jit(self._init, out_shardings=spread)(key, self._initial)
 
   def initial_params(self) -> model.Params:
     """The parameters from which every node starts, those of one model."""
-    return jax.jit(functools.partial(model.init, self.arch))(rngs.key(self.config.seed, "init"))
+    return self._initial or jax.jit(functools.partial(model.init, self.arch))(rngs.key(self.config.seed, "init"))
 
   def abstract_state(self) -> state_lib.State:
     """The shapes, dtypes and shardings of the state, without computing it."""
@@ -99,8 +102,8 @@ class Engine:
       shapes, partition.shardings(shapes, self.home),
     )
 
-  def _init(self, key: jax.Array) -> state_lib.State:
-    params = model.init(self.arch, key)
+  def _init(self, key: jax.Array, initial: model.Params | None = None) -> state_lib.State:
+    params = initial or model.init(self.arch, key)
     return state_lib.init(self.config, self.federation, self.topologies, params, self.algorithm.tracks)
 
   def down(

@@ -11,16 +11,14 @@ finds the cluster by itself (TPU pods, Slurm, ...), or else with --coordinator=H
 With --plan instead of --workdir it says what the run would take (docs/plan.md), on this computer or on another
 --machine.
 
-The same command again resumes, also with other numbers of processes and devices. Exit codes: 0 finished, 1 stopped by
-an error in the run, 2 bad input, 75 interrupted with everything saved.
+Ctrl-C stops a run where it can be resumed; a second one stops it at once. The same command again resumes, also with
+other numbers of processes and devices.
 """
 
-import sys
-
 import jax
-from absl import app, flags
+from absl import flags
 
-from worldlm_jax import checks, command, distributed, plan, progress, spending, train
+from worldlm_jax import checks, command, compiled, distributed, experiment, plan, progress, spending, train
 from worldlm_jax.planning import machines
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.")
@@ -38,19 +36,20 @@ def main(_: list[str]) -> int:
   reporter = progress.for_stdout()
   try:
     if _PLAN.value:
-      plan.show(plan.make(command.configured(), machines.load(str(_MACHINE.value))))
+      plan.show(plan.make(experiment.configured(), machines.load(str(_MACHINE.value))))
       return command.OK
     checks.require(_WORKDIR.value is not None, "--workdir", None, "a folder", "or --plan, which needs none")
     distributed.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    command.keep_compiled()
-    summary = train.run(command.configured(), str(_WORKDIR.value), overwrite=_OVERWRITE.value, reporter=reporter)
+    compiled.keep()
+    summary = train.run(experiment.configured(), str(_WORKDIR.value), overwrite=_OVERWRITE.value, reporter=reporter)
   except train.Interrupted as stop:
-    print(stop, file=sys.stderr)
-    return command.INTERRUPTED
+    return command.interrupted(stop)
+  except KeyboardInterrupt:  # before it listens for signals, or the second one
+    return distributed.leave(command.interrupted())
   except (checks.InputError, FloatingPointError) as error:  # all processes meet the same
     return command.failed(error)
   except (OSError, jax.errors.JaxRuntimeError) as error:
-    return distributed.leave(command.failed(error))
+    return distributed.leave(command.failed(error, experiment.LESS_MEMORY))
   if distributed.is_lead():
     private = spending.closing_lines(summary.get("privacy", {}))
     print("\n".join([progress.closing_lines(summary, str(_WORKDIR.value)), *private]))
@@ -58,5 +57,4 @@ def main(_: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config"])
-  app.run(main, flags_parser=command.parse_flags)
+  command.start(main, experiment.Flags())

@@ -8,10 +8,24 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from worldlm_jax import checks
+
 
 def write_json(path: Path, value: Any) -> None:
   """Writes a JSON file in one step: readers see the old content or the new."""
   _replace(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def check_writable(name: str, path: Path) -> None:
+  """Raises `InputError` unless a file can be written at `path`, whose folder is made; `name` is the flag's."""
+  checks.require(not path.is_dir(), name, str(path), "a file, but it is a folder")
+  partial = path.with_name(path.name + ".new")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    partial.unlink()
+  except OSError as error:
+    checks.fail(name, str(path), f"a file that can be written ({error.strerror})", "choose another place")
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

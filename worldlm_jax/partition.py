@@ -192,6 +192,22 @@ def per_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={NODE}, check_vma=False)
 
 
+def on_rows(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """Runs `function(whole, *arrays)` on each device's own share of axis 0 of the arrays; `whole` lies on all of them."""
+
+  def run(whole: trees.PyTree, *arrays: Any) -> Any:
+    specs = (PartitionSpec(), *(PartitionSpec(NODE) for _ in arrays))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(NODE), axis_names={NODE},
+                         check_vma=False)(whole, *arrays)
+
+  return run
+
+
+def replicate(tree: trees.PyTree, mesh: Mesh) -> trees.PyTree:
+  """The arrays, whole on every device."""
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def take_wave(tree: trees.PyTree, start: jax.Array, size: int, lanes: int, mesh: Mesh) -> trees.PyTree:
   """A wave: of each of the `lanes` equal shares of axis 0, the `size` rows from `start` on.
 

@@ -6,8 +6,7 @@
 Each input file of the corpus becomes files such as legal/freelaw/train-00007.array_record, and one line of
 .prepare/manifest.jsonl with their checksums. The same command again goes on: it checks what is there and does what
 is missing or damaged. `--source` may be a local folder laid out like the corpus (see worldlm_jax/data/natural.py).
-
-Exit codes: 0 finished, 1 stopped by an error, 2 bad input, 75 interrupted. What is complete is kept in every case.
+What is complete is kept, however the command ends.
 """
 
 import collections
@@ -16,7 +15,6 @@ import dataclasses
 import datetime
 import errno
 import functools
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.text import Text
 
-from worldlm_jax import checks, config as config_lib, metrics
+from worldlm_jax import checks, command, config as config_lib, metrics
 from worldlm_jax.data import files, natural, shards
 from worldlm_jax.data.documents import SPLITS
 from worldlm_jax.progress import SECONDS_BETWEEN_PLAIN_LINES
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 WAITS_SECONDS = (5, 30, 120)  # before a remote file that could not be read is tried again
 EVALUATION_SHARE = 20  # valid and test text are each limited to a 20th of what train text is
 USUAL_RATIO = 3.0  # bytes of text per byte of a compressed input file, until it has been measured
@@ -368,35 +365,20 @@ def define_flags() -> None:
   flags.DEFINE_integer("max_bytes_per_node", 0, "Take at most this much train text for each node, and a 20th of it "
                        "as valid and as test text; 0: all.", lower_bound=0)
   flags.DEFINE_list("nodes", [], "Paths of the nodes to prepare, with those below them; '.' is the root alone.")
-  flags.mark_flags_as_required(["corpus", "out"])
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; a mistake in them is bad input like any other."""
-  try:
-    rest = flags.FLAGS(argv)
-    checks.require(not rest[1:], "arguments", rest[1:], "only flags", "see --help")
-    return rest
-  except (flags.Error, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
 
 
 def main(_: list[str]) -> int:
   """Runs the command of the flags and returns the exit code."""
   given = flags.FLAGS
-  signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops it as Ctrl-C does
   try:
     print(prepare(given.corpus, given.out, given.source, given.max_bytes_per_node, given.nodes))
-  except (Interrupted, KeyboardInterrupt) as stop:
-    print(str(stop) or "interrupted before anything was read", file=sys.stderr)
-    return INTERRUPTED
+  except Interrupted as stop:
+    return command.interrupted(stop)
   except (checks.InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return BAD_INPUT if isinstance(error, checks.InputError) else FAILED
-  return OK
+    return command.failed(error)
+  return command.OK
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=parse_flags)
+  command.start(main, command.Flags("corpus", "out"))

@@ -5,24 +5,21 @@
 
 Writes report.html, which needs nothing but itself, and its charts as PNGs in report/, into the same folder. Of a
 comparison's runs, those of its own entry's first seed get a report too, and all of them with --all. Needs the extra
-`report`. Exit codes: 0 finished, 1 could not be written, 2 bad input.
+`report`.
 """
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags, logging
+from absl import flags
 
-from worldlm_jax import checks
+from worldlm_jax import checks, command
 from worldlm_jax.reporting import files
 
 if TYPE_CHECKING:
   from worldlm_jax.reporting import figures
-
-OK, FAILED, BAD_INPUT = 0, 1, 2
 
 
 def report(workdir: str | Path, every_run: bool = False) -> Path:
@@ -82,19 +79,6 @@ def define_flags() -> None:
   """Defines the flags. Not on import: other commands, which tests import too, have a --workdir of their own."""
   flags.DEFINE_string("workdir", None, "Folder of a run or of a comparison.")
   flags.DEFINE_bool("all", False, "Of a comparison: also make the reports of all its runs.")
-  flags.mark_flag_as_required("workdir")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; a mistake in them is bad input like any other."""
-  logging.set_verbosity(logging.FATAL)  # libraries log what they do
-  try:
-    rest = flags.FLAGS(argv)
-    checks.require(not rest[1:], "arguments", rest[1:], "only flags", "see --help")
-    return rest
-  except (flags.Error, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
 
 
 def main(_: list[str]) -> int:
@@ -102,11 +86,10 @@ def main(_: list[str]) -> int:
   try:
     print(f"report: {report(flags.FLAGS.workdir, flags.FLAGS.all)}")
   except (checks.InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return BAD_INPUT if isinstance(error, checks.InputError) else FAILED
-  return OK
+    return command.failed(error)
+  return command.OK
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=parse_flags)
+  command.start(main, command.Flags("workdir"))

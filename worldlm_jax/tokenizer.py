@@ -5,19 +5,18 @@
       --max_bytes_per_node=10000000 --out=law.json
 
 A run then takes it with --config.data.tokenizer=FILE. All nodes of a run share one tokenizer, since they
-share the embedding; bits per byte compare across tokenizers. Exit codes: 0 done, 1 not written, 2 bad input.
+share the embedding; bits per byte compare across tokenizers.
 """
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from absl import app, flags
+from absl import flags
 
-from worldlm_jax import checks, command, config as config_lib, federation as federation_lib
+from worldlm_jax import checks, command, config as config_lib, experiment, federation as federation_lib, metrics
 from worldlm_jax.data import cache, tokenizer as tokenizer_lib
 
 SEPARATOR = tokenizer_lib.SEPARATORS[0]
@@ -45,15 +44,10 @@ def train(
   """
   checks.require(vocab_size >= SMALLEST, "--vocab_size", vocab_size, f"at least {SMALLEST}: every byte and a separator")
   checks.require(max_bytes_per_node >= 0, "--max_bytes_per_node", max_bytes_per_node, "at least 0")
-  checks.require(not out.is_dir(), "--out", str(out), "a file, but it is a folder")
   federation = federation_lib.resolve(config)
   checks.one_of("--federation", path, [member.path for member in federation.members])
+  metrics.check_writable("--out", out)
   partial = out.with_name(out.name + ".new")
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.touch()
-  except OSError as error:
-    checks.fail("--out", str(out), f"a file that can be written ({error.strerror})", "choose another place")
   try:
     return _train(config, federation, out, partial, vocab_size, path, max_bytes_per_node)
   finally:
@@ -101,10 +95,9 @@ def main(_: list[str]) -> int:
   """Trains the tokenizer of the flags and returns the exit code."""
   try:
     out = Path(str(_OUT.value)).expanduser()
-    table = train(command.configured(), out, _VOCAB_SIZE.value, _FEDERATION.value, _MAX_BYTES.value)
+    table = train(experiment.configured(), out, _VOCAB_SIZE.value, _FEDERATION.value, _MAX_BYTES.value)
   except (checks.InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return command.BAD_INPUT if isinstance(error, checks.InputError) else command.FAILED
+    return command.failed(error)
   size = tokenizer_lib.load(str(out)).vocab_size
   print(f"{out}: {size} tokens" + ("; the text has no more than that to merge" if size < _VOCAB_SIZE.value else ""))
   print(f"{'node':<32} bytes per token")
@@ -126,5 +119,4 @@ def _documents(split: cache.Split, max_bytes: int = 0) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "out"])
-  app.run(main, flags_parser=command.parse_flags)
+  command.start(main, experiment.Flags("out"))

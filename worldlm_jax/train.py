@@ -34,6 +34,7 @@ from worldlm_jax import (
   workdir as workdir_lib,
 )
 from worldlm_jax.data import tokenizer as tokenizer_lib
+from worldlm_jax.model import llama
 
 PLACES_PER_ROUND = 10_000  # a checkpoint's number is round * PLACES_PER_ROUND + step within the round
 
@@ -73,7 +74,7 @@ class _Run:
       self.federation = algorithms.arranged(config, federation_lib.resolve(config))
       watching.check(config.logging)
       tokenizer = tokenizer_lib.load(config.data.tokenizer)
-      self.arch = _architecture(config, tokenizer)
+      self.arch = algorithms.architecture(config, tokenizer)
       algorithm = algorithms.make(config, self.arch, self.federation)
       self.mesh = _mesh(config, self.federation, self.arch)
     _check_same_in_all(workdir_lib.describe(config, self.federation, {}))
@@ -82,8 +83,11 @@ class _Run:
     if algorithm.needs_validation:
       windows = config.evaluation.acceptance_windows
       validation = [e.arrays() for e in self.texts.evaluations("valid", windows, length)]
+    with distributed.agreed():
+      start = config.model.init_from
+      initial = llama.read(Path(start).expanduser(), self.arch) if start else None
     self.engine = engine_lib.Engine(
-      config, self.federation, self.arch, self.mesh, algorithm, self.texts.train_tokens, validation
+      config, self.federation, self.arch, self.mesh, algorithm, self.texts.train_tokens, validation, initial=initial
     )
     abstract = self.engine.abstract_state()
     self._claim(overwrite, trees.num_bytes(abstract))
@@ -270,6 +274,7 @@ class _Run:
         workdir_lib.check_space(self.workdir, state_bytes, self.config.checkpoint)
         description = workdir_lib.describe(self.config, self.federation, self.texts.digests)
         changed = workdir_lib.claim(self.workdir, description, overwrite=overwrite)
+        workdir_lib.keep_tokenizer(self.workdir, self.config.data.tokenizer)
       if changed:
         self.reporter.message(f"resuming with other versions, so not to the same bits: {'; '.join(changed)}")
     distributed.check_shared(self.workdir)
@@ -360,17 +365,6 @@ def _check_same_in_all(description: dict[str, Any]) -> None:
     found = config_lib.differences(first, other)
     checks.require(not found, "--process_id", i, "the config of process 0, as all processes have to have",
                    f"it differs in: {'; '.join(found[:8])}")
-
-
-def _architecture(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> model.Architecture:
-  separator = tokenizer.separator_id if config.data.document_mask else None
-  arch = model.architecture(config.model, tokenizer.vocab_size, separator, algorithms.num_key_layers(config))
-  if arch.vocab_size < tokenizer.vocab_size:
-    raise checks.InputError(
-      f"config.model.vocab_size={arch.vocab_size}: expected at least {tokenizer.vocab_size}, the vocabulary of "
-      f"{config.data.tokenizer!r}; set it to 0 to take the tokenizer's"
-    )
-  return arch
 
 
 def _names(federation: federation_lib.Federation, step: schedule.Step) -> str:

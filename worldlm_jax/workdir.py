@@ -13,8 +13,10 @@ from typing import Any
 import jax
 
 from worldlm_jax import checks, config as config_lib, metrics
+from worldlm_jax.data import tokenizer
 from worldlm_jax.federation import Federation
 
+TOKENIZER = "tokenizer.json"  # in the folder: a copy of the run's tokenizer, where it came from a file
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy")
 
 
@@ -63,7 +65,7 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
     for name in ("checkpoints", "damaged", "tensorboard", "report"):
       shutil.rmtree(workdir / name, ignore_errors=True)
     for name in ("metrics.jsonl", "summary.json", "stopped.json", "wandb_id.txt", "report.html",
-                 "config.json"):
+                 TOKENIZER, "config.json"):
       (workdir / name).unlink(missing_ok=True)
   elif there:
     found = config_lib.differences(comparable(there), comparable(description))
@@ -82,6 +84,15 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
     checks.fail("--workdir", str(workdir), "a folder that can be made", f"{error.strerror}; choose another")
   metrics.write_json(record, description | environment())
   return []
+
+
+def keep_tokenizer(workdir: Path, spec: str) -> None:
+  """Copies the tokenizer that `config.data.tokenizer` names beside the run's models, which are nothing without it."""
+  source = tokenizer.file(spec)
+  if source is not None and not (workdir / TOKENIZER).exists():
+    partial = workdir / f"{TOKENIZER}.new"
+    shutil.copyfile(source, partial)
+    partial.replace(workdir / TOKENIZER)
 
 
 def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointConfig) -> None:

@@ -4,13 +4,16 @@ A row says how it arranges the configured tree (`arrange`), whether its models h
 without them the backbone is the whole model), and how its pair of rules is made (`make`).
 """
 
+import dataclasses
 from types import ModuleType
 
-from worldlm_jax import model
+from worldlm_jax import checks, model
 from worldlm_jax.algorithms import centralized, fedavg, fedper, hierfavg, local, worldlm, worldlm_paper
 from worldlm_jax.algorithms.rules import Algorithm
 from worldlm_jax.config import ALGORITHMS, Config, num_key_layers as configured_key_layers
+from worldlm_jax.data.tokenizer import Tokenizer
 from worldlm_jax.federation import Federation
+from worldlm_jax.model import llama
 from worldlm_jax.privacy import policy
 
 ROWS: dict[str, ModuleType] = dict(zip(
@@ -24,8 +27,9 @@ def arranged(config: Config, federation: Federation) -> Federation:
 
 
 def adapted(config: Config) -> Config:
-  """The config as its algorithm wants it; only `worldlm_paper` changes anything."""
-  return worldlm_paper.adapt(config) if config.algorithm == "worldlm_paper" else config
+  """The config as its run records it: as its algorithm wants it, with the sizes of the model that it starts from."""
+  config = worldlm_paper.adapt(config) if config.algorithm == "worldlm_paper" else config
+  return dataclasses.replace(config, model=llama.adopted(config.model)) if config.model.init_from else config
 
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
@@ -40,3 +44,19 @@ def make(config: Config, arch: model.Architecture, federation: Federation) -> Al
 def num_key_layers(config: Config) -> int:
   """How many of the last blocks are key layers under the config's algorithm."""
   return configured_key_layers(config.model) if ROWS[config.algorithm].has_key_layers else 0
+
+
+def architecture(config: Config, tokenizer: Tokenizer) -> model.Architecture:
+  """The model of the config under its algorithm.
+
+  Raises:
+    checks.InputError: the tokenizer has ids that the model has no embedding for.
+  """
+  separator = tokenizer.separator_id if config.data.document_mask else None
+  arch = model.architecture(config.model, tokenizer.vocab_size, separator, num_key_layers(config))
+  checks.require(
+    arch.vocab_size >= tokenizer.vocab_size, "config.model.vocab_size", arch.vocab_size,
+    f"at least {tokenizer.vocab_size}, the vocabulary of {config.data.tokenizer!r}",
+    "set it to 0 to take the tokenizer's",
+  )
+  return arch

@@ -49,10 +49,13 @@ def open_tfds(source: config.Tfds, invalid_utf8: str) -> Corpus:
 
 def _builder(source: config.Tfds) -> Any:
   """What reads the data set: from the folder of that name, or prepared under that name."""
-  import tensorflow_datasets as tfds  # takes a second
-  from tensorflow_datasets.core import read_only_builder
-  from tensorflow_datasets.core.utils import file_utils
-
+  try:
+    import tensorflow_datasets as tfds  # takes a second
+    from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core.utils import file_utils
+  except ImportError as error:
+    reading.fail_from(error, "Tfds.name", source.name, "the library tensorflow_datasets to be installed "
+                      f"({reading.reason(error)})", "pip install 'worldlm_jax[data]'")
   data_dir = os.path.expanduser(source.data_dir)
   folder = Path(os.path.expanduser(source.name))
   try:

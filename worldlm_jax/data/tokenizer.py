@@ -95,6 +95,10 @@ class HuggingFaceTokenizer:
                    f"{separator!r} to be a special token, but a text that spells it out contains it too",
                    "add it with tokenizers.Tokenizer.add_special_tokens")
 
+  def to_json(self) -> str:
+    """The library's own description of it."""
+    return str(self._tokenizer.to_str())
+
   def encode(self, text: str) -> np.ndarray:
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
@@ -115,13 +119,20 @@ def _starts(lengths: Sequence[int]) -> np.ndarray:
 
 
 def load(spec: str) -> Tokenizer:
-  """The tokenizer that `config.data.tokenizer` names: "bytes", or the path of a JSON file.
+  """The tokenizer that `config.data.tokenizer` names: "bytes", the path of a JSON file, or a folder that has one.
 
   Raises:
     ValueError: the file is missing, is no tokenizer, or has no token that separates documents.
   """
+  return ByteTokenizer() if (path := file(spec)) is None else HuggingFaceTokenizer(str(path))
+
+
+def file(spec: str) -> Path | None:
+  """The file that `config.data.tokenizer` leads to; None for "bytes". Raises `ValueError` where there is none."""
   if spec == "bytes":
-    return ByteTokenizer()
-  checks.require(Path(spec).expanduser().is_file(), "config.data.tokenizer", spec,
-                 "'bytes' or the path of a tokenizers JSON file", "correct the path, or set it to bytes")
-  return HuggingFaceTokenizer(spec)
+    return None
+  path = Path(spec).expanduser()
+  path = path / "tokenizer.json" if path.is_dir() else path  # as Hugging Face keeps it beside a model
+  checks.require(path.is_file(), "config.data.tokenizer", spec, "'bytes' or the path of a tokenizers JSON file",
+                 "correct the path, or set it to bytes")
+  return path

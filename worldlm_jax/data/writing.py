@@ -162,7 +162,7 @@ class _Part:
       return
     tokens, starts = self._tokenizer.pack(self._texts)
     if not self.tokens:
-      self.lossless = all(_gives_back(self._tokenizer, text[:10_000]) for text in self._texts[:16])
+      self.lossless = all(gives_back(self._tokenizer, text[:10_000]) for text in self._texts[:16])
     hashes = np.array(self._hashes, np.uint64)
     arrays = {"tokens": tokens, "documents": (self.tokens + starts).astype(np.uint64), "hashes": hashes}
     for kind, array in arrays.items():
@@ -173,7 +173,7 @@ class _Part:
     self._texts, self._hashes, self._buffered = [], [], 0
 
 
-def _gives_back(tokenizer: Tokenizer, text: str) -> bool:
+def gives_back(tokenizer: Tokenizer, text: str) -> bool:
   """Whether a text survives being encoded, but for white space."""
   return "".join(tokenizer.decode(tokenizer.encode(text)).split()) == "".join(text.split())
 

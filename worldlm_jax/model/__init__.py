@@ -3,14 +3,19 @@
 from worldlm_jax.model.presets import PRESETS
 from worldlm_jax.model.transformer import (
   Architecture,
+  Cache,
   Params,
   abstract_params,
   apply,
   architecture,
+  empty_cache,
+  extend,
   init,
+  logits,
   loss_sum,
   num_targets,
+  token_scores,
 )
 
-__all__ = ["PRESETS", "Architecture", "Params", "abstract_params", "apply", "architecture", "init", "loss_sum",
-           "num_targets"]
+__all__ = ["PRESETS", "Architecture", "Cache", "Params", "abstract_params", "apply", "architecture", "empty_cache",
+           "extend", "init", "logits", "loss_sum", "num_targets", "token_scores"]

@@ -7,7 +7,8 @@
 A document's positions may be kept from seeing those of others: splash takes the documents' numbers, cuDNN has no such
 mask but a bias of all scores, which costs the memory that the kernel is there to save; so einsums do it there.
 
-Shapes: B windows, T positions, H heads, K key-value heads, G = H / K query heads for each of them, C head width.
+Shapes: B windows, T positions, H heads, K key-value heads, G = H / K query heads for each of them, C head width;
+S positions that are seen.
 """
 
 from typing import Any
@@ -124,24 +125,33 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) ->
 matmul_float32.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _einsums(q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, document_BxT: Any) -> jax.Array:
-  """Scores, float32 softmax, mixture. The queries of a key-value head are rows of one matrix, with it and T first."""
+def attend_seen(
+  q_BxTxHxC: jax.Array, k_BxSxKxC: jax.Array, v_BxSxKxC: jax.Array, seen_BxTxS: jax.Array
+) -> jax.Array:
+  """What each of T positions takes from those of S others that it sees (bool, B or 1 of them): `[B, T, H, C]`.
+
+  Scores, float32 softmax, mixture. The queries of a key-value head are rows of one matrix, with it and T first.
+  """
   batch, length, num_heads, width = q_BxTxHxC.shape
-  num_kv_heads = k_BxTxKxC.shape[2]
+  num_kv_heads = k_BxSxKxC.shape[2]
   group = num_heads // num_kv_heads
   q_BxTxKxGxC = q_BxTxHxC.reshape(batch, length, num_kv_heads, group, width)
   q_BxKxGTxC = q_BxTxKxGxC.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, group * length, width)
-  scores_BxKxGTxT = matmul_float32(q_BxKxGTxC, k_BxTxKxC.transpose(0, 2, 3, 1))
-  t = jnp.arange(length)
+  scores_BxKxGTxS = matmul_float32(q_BxKxGTxC, k_BxSxKxC.transpose(0, 2, 3, 1))
+  # Added, not selected: the gradient passes through.
+  bias_BxTxS = jnp.where(seen_BxTxS, jnp.float32(0), MASKED)
+  scores = scores_BxKxGTxS.reshape(batch, num_kv_heads, group, length, -1) + bias_BxTxS[:, None, None]
+  weights_BxKxGTxS = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxC.dtype).reshape(scores_BxKxGTxS.shape)
+  mixed = (weights_BxKxGTxS @ v_BxSxKxC.transpose(0, 2, 1, 3)).reshape(batch, num_kv_heads, group, length, width)
+  return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, width)
+
+
+def _einsums(q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, document_BxT: Any) -> jax.Array:
+  t = jnp.arange(q_BxTxHxC.shape[1])
   seen_BxTxT = (t[:, None] >= t[None, :])[None]
   if document_BxT is not None:
     seen_BxTxT = seen_BxTxT & (document_BxT[:, :, None] == document_BxT[:, None, :])
-  # Added, not selected: the gradient passes through.
-  bias_BxTxT = jnp.where(seen_BxTxT, jnp.float32(0), MASKED)
-  scores = scores_BxKxGTxT.reshape(batch, num_kv_heads, group, length, length) + bias_BxTxT[:, None, None]
-  weights_BxKxGTxT = jax.nn.softmax(scores, axis=-1).astype(v_BxTxKxC.dtype).reshape(scores_BxKxGTxT.shape)
-  mixed = (weights_BxKxGTxT @ v_BxTxKxC.transpose(0, 2, 1, 3)).reshape(batch, num_kv_heads, group, length, width)
-  return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, width)
+  return attend_seen(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, seen_BxTxT)
 
 
 def _cudnn(q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array) -> jax.Array:

@@ -7,13 +7,14 @@ compile time does not grow with depth. To everything outside `model/` a model is
   backbone    embedding, the first L - m blocks, final norm and (untied) head: shared by all
   key_layers  the last m blocks, leaves `[m, ...]`; empty where m = 0: personal to each node
 
-Shapes: B windows, T positions, D width, H heads, K key-value heads, C head width, V vocabulary; N is B x T.
+Shapes: B windows, T positions, D width, H heads, K key-value heads, C head width, V vocabulary; N is B x T. S places
+and m blocks of a stack.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def architecture(
   """
   attention.check(config.attention)
   fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
-  del fields["key_layer_share"]
+  del fields["key_layer_share"], fields["init_from"]
   fields["vocab_size"] = config.vocab_size or vocab_size
   if num_key_layers is None:
     num_key_layers = config_lib.num_key_layers(config)
@@ -103,7 +104,68 @@ def apply(arch: Architecture, params: Params, tokens_BxT: jax.Array) -> jax.Arra
   With `arch.document_separator`, a position sees those before it in its own document alone, from its
   separator on.
   """
-  return _final_hidden(arch, params, tokens_BxT) @ _head(arch, params)
+  return logits(arch, params, _final_hidden(arch, params, tokens_BxT))
+
+
+class Cache(NamedTuple):
+  """What tokens leave to those that come after them in their windows."""
+
+  keys: tuple[jax.Array, ...]  # of each stack of blocks, [m, B, S, K, C] in the compute dtype; the values likewise
+  values: tuple[jax.Array, ...]
+  document_BxS: jax.Array  # int32, the number of each token's document
+
+
+def empty_cache(arch: Architecture, num_windows: int, length: int) -> Cache:
+  """A cache for windows of up to `length` tokens."""
+  shape = num_windows, length, arch.num_kv_heads, arch.d_model // arch.num_heads
+  depths = [depth for depth in (arch.num_layers - arch.num_key_layers, arch.num_key_layers) if depth]
+  keys, values = (tuple(jnp.zeros((m, *shape), jnp.dtype(arch.compute_dtype)) for m in depths) for _ in range(2))
+  return Cache(keys, values, jnp.zeros((num_windows, length), jnp.int32))
+
+
+def extend(
+  arch: Architecture, params: Params, tokens_BxT: jax.Array, cache: Cache, start_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+  """Continues windows: the final hidden states of more tokens, `[B, T, D]` as `apply` has them, and the new cache.
+
+  Args:
+    arch: the architecture.
+    params: `{"backbone", "key_layers"}`.
+    tokens_BxT: int. A window may end in tokens that are not meant, as long as whatever continues it begins at their
+      places.
+    cache: of the tokens before them.
+    start_B: int32, how many tokens of each window come before; `start + T` is at most the cache's length.
+  """
+  put = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
+  places_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])[None, :]
+  places_S = jnp.arange(cache.document_BxS.shape[1])
+  seen_BxTxS = places_BxT[:, :, None] >= places_S[None, None, :]
+  document_BxS = cache.document_BxS
+  if arch.document_separator is not None:
+    last_B = jnp.take_along_axis(document_BxS, jnp.maximum(start_B - 1, 0)[:, None], axis=1)
+    new_BxT = jnp.cumsum(tokens_BxT == arch.document_separator, axis=1, dtype=jnp.int32)
+    new_BxT += jnp.where(start_B[:, None] > 0, last_B, 0)
+    document_BxS = put(document_BxS, new_BxT, start_B, 0)
+    seen_BxTxS &= new_BxT[:, :, None] == document_BxS[:, None, :]
+
+  def body(x_BxTxD: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    block, (keys, values) = _block(arch, layer[0]), layer[1:]
+    q_BxTxHxC, k_BxTxKxC, v_BxTxKxC = block.attention_inputs(x_BxTxD, start_B)
+    keys, values = put(keys, k_BxTxKxC, start_B, 0), put(values, v_BxTxKxC, start_B, 0)
+    return block.rest(x_BxTxD, attention.attend_seen(q_BxTxHxC, keys, values, seen_BxTxS)), (keys, values)
+
+  x_BxTxD, found = params["backbone"]["embedding"][tokens_BxT].astype(jnp.dtype(arch.compute_dtype)), []
+  stacks = filter(None, (params["backbone"]["blocks"], params["key_layers"]))
+  for stack in zip(stacks, cache.keys, cache.values, strict=True):
+    x_BxTxD, after = jax.lax.scan(body, x_BxTxD, stack)
+    found.append(after)
+  keys, values = zip(*found, strict=True)
+  return _rms_norm(x_BxTxD, params["backbone"]["final_norm"], arch.norm_epsilon), Cache(keys, values, document_BxS)
+
+
+def logits(arch: Architecture, params: Params, hidden: jax.Array) -> jax.Array:
+  """Logits of what follows final hidden states: `[..., D]` -> `[..., V]` in the compute dtype."""
+  return hidden @ _head(arch, params)
 
 
 def _head(arch: Architecture, params: Params) -> jax.Array:
@@ -211,6 +273,28 @@ def num_targets(windows_BxW: jax.Array, rows_B: jax.Array) -> jax.Array:
   return jnp.sum(windows_BxW[:, 1:] >= 0, where=rows_B[:, None])
 
 
+def token_scores(arch: Architecture, params: Params, windows_BxW: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What the model makes of each token after the first, T = W - 1 of them.
+
+  Returns its log-probability in nats, float32 `[B, T]`, and whether it is the likeliest, bool `[B, T]`. Negative tokens
+  are padding at the end of a window: 0 and True. As in `loss_sum`, the logits of all are never held at once.
+  """
+  hidden_NxD = _final_hidden(arch, params, jnp.maximum(windows_BxW[:, :-1], 0)).reshape(-1, arch.d_model)
+  targets_BxT, head_DxV = windows_BxW[:, 1:], _head(arch, params)
+
+  def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    hidden_CxD, targets_C = chunk
+    logits_CxV = jnp.matmul(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
+    picked_C = jnp.take_along_axis(logits_CxV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
+    likeliest_C = jnp.argmax(logits_CxV, axis=-1) == targets_C
+    scores_C = picked_C - jax.nn.logsumexp(logits_CxV, axis=-1)
+    return jnp.where(targets_C < 0, 0, scores_C), likeliest_C | (targets_C < 0)
+
+  scores, likeliest = jax.lax.map(score, _chunks(hidden_NxD, targets_BxT.ravel(), arch.vocab_size))
+  size, shape = targets_BxT.size, targets_BxT.shape
+  return scores.ravel()[:size].reshape(shape), likeliest.ravel()[:size].reshape(shape)
+
+
 def _spread(arch: Architecture) -> float:
   """The standard deviation of initial matrices."""
   return math.sqrt(2 / (5 * arch.d_model))
@@ -239,6 +323,13 @@ class _Block(nnx.Module):
     self.down = linear(arch.d_ff, arch.d_model, residual_scale)
 
   def __call__(self, x_BxTxD: jax.Array, document_BxT: jax.Array | None) -> jax.Array:
+    q_BxTxHxC, k_BxTxKxC, v_BxTxKxC = self.attention_inputs(x_BxTxD)
+    return self.rest(x_BxTxD, attention.attend(self.arch.attention, q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, document_BxT))
+
+  def attention_inputs(
+    self, x_BxTxD: jax.Array, start_B: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, divided by the square root of C, keys and values, of tokens that stand at `start` (0) and after."""
     arch, (batch, length, width) = self.arch, x_BxTxD.shape
     d_head = width // arch.num_heads
     # Matrix products are of `[N, D]`: over a single axis of tokens, that of a weight's gradient copies nothing.
@@ -246,12 +337,14 @@ class _Block(nnx.Module):
     q_BxTxHxC = self.query(h_NxD).reshape(batch, length, arch.num_heads, d_head)
     k_BxTxKxC = self.key(h_NxD).reshape(batch, length, arch.num_kv_heads, d_head)
     v_BxTxKxC = self.value(h_NxD).reshape(batch, length, arch.num_kv_heads, d_head)
-    mixed_BxTxHxC = attention.attend(
-      arch.attention, _rotate(q_BxTxHxC, arch.rope_base, scale=d_head**-0.5), _rotate(k_BxTxKxC, arch.rope_base),
-      v_BxTxKxC, document_BxT,
-    )
+    rotated = functools.partial(_rotate, base=arch.rope_base, start_B=start_B)
+    return rotated(q_BxTxHxC, scale=d_head**-0.5), rotated(k_BxTxKxC), v_BxTxKxC
+
+  def rest(self, x_BxTxD: jax.Array, mixed_BxTxHxC: jax.Array) -> jax.Array:
+    """What attention found goes into the residual stream, then the perceptron's part."""
+    width = x_BxTxD.shape[-1]
     x_BxTxD = x_BxTxD + self.attention_out(mixed_BxTxHxC.reshape(-1, width)).reshape(x_BxTxD.shape)
-    h_NxD = _rms_norm(x_BxTxD, self.mlp_norm[...], arch.norm_epsilon).reshape(-1, width)
+    h_NxD = _rms_norm(x_BxTxD, self.mlp_norm[...], self.arch.norm_epsilon).reshape(-1, width)
     return x_BxTxD + self.down(jax.nn.silu(self.gate(h_NxD)) * self.up(h_NxD)).reshape(x_BxTxD.shape)
 
 
@@ -261,16 +354,21 @@ def _block_graph(arch: Architecture) -> Any:
   return nnx.split(nnx.eval_shape(lambda: _Block(arch, rngs=nnx.Rngs(0))), nnx.Param, ...)
 
 
+def _block(arch: Architecture, layer: Params) -> _Block:
+  """A block of one layer's parameters."""
+  graph, abstract_state, rest = _block_graph(arch)
+  state = jax.tree.map(lambda leaf: leaf, abstract_state)
+  nnx.replace_by_pure_dict(state, layer)
+  return nnx.merge(graph, state, rest)
+
+
 def _apply_blocks(
   arch: Architecture, blocks: Any, x_BxTxD: jax.Array, document_BxT: jax.Array | None
 ) -> jax.Array:
   """Runs stacked blocks, leaves `[layers, ...]`, one after the other."""
-  graph, abstract_state, rest = _block_graph(arch)
 
   def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-    state = jax.tree.map(lambda leaf: leaf, abstract_state)
-    nnx.replace_by_pure_dict(state, layer)
-    return nnx.merge(graph, state, rest)(x, document_BxT), None
+    return _block(arch, layer)(x, document_BxT), None
 
   policies = {"blocks": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
   recomputed = jax.checkpoint(body, policy=policies[arch.remat]) if arch.remat in policies else body
@@ -284,11 +382,17 @@ def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   return (normed * scale[None, None, :]).astype(x.dtype)
 
 
-def _rotate(x_BxTxHxC: jax.Array, base: float, scale: float = 1.0) -> jax.Array:
-  """Rotary positions (Su et al., arXiv:2104.09864), first half of the head paired with the second, times `scale`."""
+def _rotate(x_BxTxHxC: jax.Array, base: float, scale: float = 1.0, start_B: jax.Array | None = None) -> jax.Array:
+  """Rotary positions (Su et al., arXiv:2104.09864), first half of the head paired with the second, times `scale`.
+
+  The first of the T stands at `start` of its window, 0 if None.
+  """
   half = x_BxTxHxC.shape[-1] // 2
   frequencies_C = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles_TxC = jnp.arange(x_BxTxHxC.shape[1], dtype=jnp.float32)[:, None] * frequencies_C[None, :]
-  cos, sin = (scale * f(angles_TxC)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+  place_BxT = jnp.arange(x_BxTxHxC.shape[1], dtype=jnp.float32)[None, :]
+  if start_B is not None:
+    place_BxT = start_B[:, None] + place_BxT
+  angles_BxTxC = place_BxT[:, :, None] * frequencies_C[None, None, :]
+  cos, sin = (scale * f(angles_BxTxC)[:, :, None, :] for f in (jnp.cos, jnp.sin))
   a, b = jnp.split(x_BxTxHxC.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxHxC.dtype)
