@@ -17,7 +17,8 @@ from ml_collections import config_flags
 from worldlm_jax import config as c, federation, validation
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-UNCHECKED = {"seed", "data.tokenizer", "data.cache", "logging.wandb_project"}  # any value of the type is one
+# Any value of the type is one; or what it names is looked for later, as a tokenizer and a model to start from are.
+UNCHECKED = {"seed", "data.tokenizer", "data.cache", "logging.wandb_project", "model.init_from"}
 
 
 def _leaves(value: Any, kind: type, path: str = "") -> list[str]:
