@@ -1,4 +1,4 @@
-"""The documentation site: `bash launch/docs.sh` builds it with Sphinx and MyST out of the Markdown pages beside this."""
+"""The documentation as a site, which `bash launch/docs.sh` builds with Sphinx and MyST from the pages beside this."""
 
 import re
 import sys
@@ -11,13 +11,13 @@ project, version = "worldlm_jax", worldlm_jax.__version__
 copyright = "the authors of worldlm_jax; Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["conf.py"]
-suppress_warnings = ["toc.empty_glob"]  # pages that may not be there yet
 
 html_theme = "furo"
 html_title = "worldlm_jax"
 html_static_path = ["images"]
 html_css_files = ["site.css"]
 html_theme_options = {"footer_icons": [], "sidebar_hide_name": False}
+highlight_language = "text"  # of blocks in docstrings: equations, tables, command lines
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 myst_enable_extensions = ["attrs_block"]
@@ -32,17 +32,29 @@ napoleon_numpy_docstring = False
 
 
 def _to_restructured_text(app, kind, name, obj, options, lines: list[str]) -> None:
-  """Our docstrings are plain text: `code` in single quotes, equations and tables indented, **bold** in leads."""
+  """Our docstrings are plain text: `code` in single quotes, equations and tables set apart by their indentation."""
   found: list[str] = []
+  in_section = in_literal = False
   for line in lines:
-    indented, before = line.startswith("  "), next((text for text in reversed(found) if text.strip()), "")
-    section = re.match(r"(Args|Returns|Raises|Yields|Attributes):$|:\w+", before.strip())
-    if indented and not section and found and not found[-1].strip() and not before.startswith((" ", ":", ".. ")):
-      found += ["::", ""]  # what is set apart and indented, and no list of arguments, is shown as it is
-    found.append(line if indented and "::" in found else re.sub(r"(?<![`:\w])`([^`]+)`(?!`)", r"``\1``", line))
+    in_section = in_section or bool(re.fullmatch(r"(Args|Returns|Raises|Yields):", line))
+    if line.startswith("  ") and not in_section and not in_literal:
+      found += ["", "::", ""]
+      in_literal = True
+    elif line.strip() and not line.startswith("  "):
+      found += [""] * in_literal
+      in_literal = False
+    found.append(line if in_literal else _inline(line))
   lines[:] = found
+
+
+def _inline(line: str) -> str:
+  """Text with its code marked as such, and without what would have a meaning in reStructuredText."""
+  line = re.sub(r"(?<=: )([A-Z])\.$", r"\1\\.", line)  # "num_rows: P." begins no numbered list
+  parts = re.split(r"(`[^`]+`)", line)
+  return "".join(f"`{part}`" if part.startswith("`") and part.endswith("`") and len(part) > 2
+                 else re.sub(r"(?<!\*)\*(?!\*)|\||(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts)
 
 
 def setup(app) -> None:
   """Called by Sphinx."""
-  app.connect("autodoc-process-docstring", _to_restructured_text, priority=900)
+  app.connect("autodoc-process-docstring", _to_restructured_text, priority=400)  # before napoleon

@@ -51,7 +51,9 @@ layers = model.PRESETS[PRESET]()
 arch = model.architecture(layers, 257, num_key_layers=c.num_key_layers(layers))
 mesh = partition.make_mesh(devices, fsdp=2 if len(devices) % 2 == 0 else 1)
 nodes = partition.padded_size(4, mesh)
-abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((nodes, *leaf.shape), leaf.dtype), model.abstract_params(arch))
+abstract = jax.tree.map(
+  lambda leaf: jax.ShapeDtypeStruct((nodes, *leaf.shape), leaf.dtype), model.abstract_params(arch)
+)
 placed = partition.shardings(abstract, mesh)
 for path, leaf in jax.tree_util.tree_leaves_with_path(abstract["key_layers"]):
   sharding = placed["key_layers"]
@@ -81,7 +83,7 @@ def experiment(mesh: c.MeshConfig) -> c.Config:
     model=model.PRESETS[PRESET](),
     data=c.DataConfig(sequence_length=64),
     evaluation=c.EvaluationConfig(valid_windows=8, test_windows=16),
-    checkpoint=c.CheckpointConfig(every_rounds=ROUNDS),
+    checkpoint=c.CheckpointConfig(keep_last=ROUNDS),
     logging=c.LoggingConfig(tensorboard=False),
   )
 
@@ -101,15 +103,24 @@ print(f"largest difference: {max(perplexity.values()) - min(perplexity.values())
 # %% [markdown]
 # ## On another number of devices
 #
-# A checkpoint holds the nodes and nothing of the layout. The run above goes on where it stopped, with another mesh:
+# A checkpoint holds the nodes and nothing of the layout. Say that the machine of the first run went down after its
+# first round, and that all there is to go on with has another mesh:
 
 # %%
+import shutil
+from pathlib import Path
+
 from worldlm_jax import progress
 
-longer = experiment(layouts[next(reversed(layouts))])
-longer.rounds = ROUNDS
-print("the same experiment, finished on another mesh:")
-train.run(longer, f"runs/{next(iter(layouts)).replace(' ', '_')}", reporter=progress.PlainLines())
+first, last = next(iter(layouts)), next(reversed(layouts))
+folder = Path("runs") / first.replace(" ", "_")
+for checkpoint in (folder / "checkpoints").glob("[0-9]*"):
+  if int(checkpoint.name) > 10_000:  # round times 10,000
+    shutil.rmtree(checkpoint)
+(folder / "summary.json").unlink()
+summary = train.run(experiment(layouts[last]), folder, reporter=progress.PlainLines())
+resumed = summary["tree"]["personalised"]["mean"]["perplexity"]
+print(f"begun with {first}, finished with {last}: {resumed:.4f}; at one go: {perplexity[first]:.4f}")
 
 # %% [markdown]
 # ## What a run would take
