@@ -12,9 +12,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-
-import nbformat
-from nbclient import NotebookClient
+from typing import Any
 
 REPOSITORY = "worldlm-jax/worldlm_jax"  # on GitHub; a placeholder until there is one, used for all links and the badges
 FOLDER = Path(__file__).parent
@@ -49,8 +47,10 @@ def cells(name: str) -> list[tuple[str, str]]:
   return [title, ("code", _INSTALL), *found[1:]]
 
 
-def notebook(name: str) -> nbformat.NotebookNode:
+def notebook(name: str) -> Any:
   """The notebook of a source, not run yet."""
+  import nbformat  # of the extra; who only wants to know the cells does without
+
   made = nbformat.v4.new_notebook(metadata={
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -63,6 +63,9 @@ def notebook(name: str) -> nbformat.NotebookNode:
 
 def main(names: list[str]) -> None:
   """Makes and runs the named notebooks, each in an empty folder."""
+  import nbformat
+  from nbclient import NotebookClient
+
   for name in names or NAMES:
     made = notebook(name)
     with tempfile.TemporaryDirectory() as folder:

@@ -36,7 +36,7 @@ TINY = {
   **{f"model.{name}": value for name, value in MODEL.items()},
 }
 TINY_RUN = [f"--config.{name}={value}" for name, value in TINY.items()]
-TINY_COMPARISON = [f"--config.base.{name}={value}" for name, value in TINY.items()] + [
+TINY_COMPARISON = [f"--config.base.{name}={value}" for name, value in TINY.items() if name != "rounds"] + [
   "--config.seeds=0,", "--only=local,worldlm", "--config.base.evaluation.personalised=last",
 ]
 # (page, words that its command has) -> what makes it tiny.
