@@ -47,17 +47,14 @@ RUN: dict[tuple[str, str], list[str]] = {
   ("docs/plan.md", "--machine=h100x64 --config.federation.folder="): [],
   ("docs/data.md", "tfds.yaml"): TINY_RUN,
 }
-# The first words of a command, or words that it has -> why it is neither run nor parsed here.
+# The first words of a command -> why it is neither run nor parsed here.
 NOT_RUN = {
-  "bash launch/quickstart.sh": "launch_test runs the script; the training takes minutes",
   "bash launch/test.sh": "it runs these tests",
-  "bash launch/docs.sh": "it builds the site, which takes half a minute",
   "bash launch/tpu_vm.sh": "needs Google Cloud; launch_test runs it with stand-ins",
   "export ": "settings of launch/tpu_vm.sh",
   "tfds build": "needs the network, and TensorFlow",
   "tensorboard": "waits for a browser",
   "python -m benchmarks.": "benchmarks_test runs them at their smallest size",
-  "python benchmarks/": "benchmarks_test runs them at their smallest size",
   "python -m colab.make": "colab_test runs the notebooks with tiny settings",
 }
 
@@ -105,14 +102,10 @@ def of(*languages: str) -> Any:
   return pytest.mark.parametrize("block", chosen, ids=str)
 
 
-def reason_not_to_run(words: list[str]) -> str:
-  """Why a command is left alone; "" where it is not."""
-  line = re.sub(r"^(\w+=\S* )+", "", shlex.join(words)) if "=" in words[0] else shlex.join(words)
-  return next((reason for begin, reason in NOT_RUN.items() if line.startswith(begin)), "")
-
-
 def package_command(words: list[str]) -> tuple[str, list[str]] | None:
   """The module that a command runs, and its arguments; None where it runs none of ours."""
+  while re.match(r"\w+=", words[0]):
+    words = words[1:]  # variables
   if words[0] == "srun":
     words = words[1:]
   if re.fullmatch(r"(\.venv/bin/)?python3?", words[0]) and words[1] == "-m":
@@ -121,6 +114,8 @@ def package_command(words: list[str]) -> tuple[str, list[str]] | None:
     return "worldlm_jax.__main__", words[1:]
   if words[0].startswith("--"):  # flags alone are the training command's
     return "worldlm_jax.main", ["--config=configs/folder.py", "--config.federation.folder=PATH", *words]
+  if words[:2] == ["bash", "launch/quickstart.sh"]:
+    return "worldlm_jax.main", ["--config=configs/quickstart.py", "--workdir=DIR", *words[2:]]
   if words[:2] == ["bash", "launch/prepare.sh"]:
     return "worldlm_jax.prepare", words[2:]
   if words[0] == "bash" and "/launch/" in f"/{words[1]}":  # the script's own flags come first
@@ -256,44 +251,59 @@ def test_yaml_describes_a_tree_or_a_machine(block: Block, desk: Desk) -> None:
                          ids=[f"{block}-{' '.join(words)[:40]}" for block, words in COMMANDS])
 def test_a_command_is_understood(place: int, desk: Desk) -> None:
   block, words = COMMANDS[place]
-  if reason_not_to_run(words):
+  if any(shlex.join(words).startswith(begin) for begin in NOT_RUN):
     return
-  if "pip" in words[0].rpartition("/")[2]:
-    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    asked = {extra for word in words for found in re.findall(r"\[([\w,]+)\]", word) for extra in found.split(",")}
-    assert asked <= set(declared), f"{block}: no extra {asked - set(declared)}"
-    return
-  if words[0] in ("echo", "python") and words[1] != "-m":
-    code = " ".join(word if word in (">", "|") else shlex.quote(word) for word in words)
-    subprocess.run(["bash", "-c", code.replace("python ", f"{sys.executable} ", 1) if words[0] == "python" else code],
-                   cwd=desk.folder, check=True, capture_output=True)
-    return
-  if words[0] == "bash":
+  if words[0].rpartition("/")[2] == "pip":
+    check_extras(words)
+  elif words[0] in ("echo", "python") and words[1] != "-m":
+    run_in_bash(words, desk.folder)
+  elif command := package_command(words):
+    check_script(words)
+    read_or_run(block, *command, desk)
+  else:
+    assert words[0] == "bash", f"{block}: say in NOT_RUN why {shlex.join(words)} is not run, or how it is"
+    check_script(words)
+
+
+def check_extras(words: list[str]) -> None:
+  """What pip is asked for is declared."""
+  declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+  asked = {extra for word in words for found in re.findall(r"\[([\w,]+)\]", word) for extra in found.split(",")}
+  assert asked <= set(declared), f"no extra {asked - set(declared)}"
+
+
+def run_in_bash(words: list[str], folder: Path) -> None:
+  code = " ".join(word if word == ">" else shlex.quote(word) for word in words)
+  subprocess.run(["bash", "-c", re.sub("^python ", f"{sys.executable} ", code)], cwd=folder, check=True)
+
+
+def check_script(words: list[str]) -> None:
+  """A script in launch/ is there, and knows the flags before those of the command that it runs."""
+  if words[0] == "bash" and words[1] != "launch/prepare.sh":
     script = (REPOSITORY / words[1]).read_text()
     for flag in re.findall(r" --([a-z_-]+)", " ".join(words).partition("--config")[0]):
-      assert flag in script or words[1] == "launch/prepare.sh", f"{block}: {words[1]} has no --{flag}"
-  command = package_command(words)
-  if command is None:
-    assert words[0] == "bash", f"{block}: say in NOT_RUN why {shlex.join(words)} is not run, or how it is"
-    return
-  module, arguments = command[0], [desk.with_own_paths(word) for word in command[1]]
-  extra = next((flags for (page, has), flags in RUN.items()
-                if page == block.page and all(word in " ".join(words) for word in has.split())), None)
-  if extra is not None:
-    arguments = [word.replace(desk.path("world"), desk.path("small")) for word in arguments] + extra
-  elsewhere = desk.folder if "yaml=tfds" in shlex.join(words) else REPOSITORY
-  if elsewhere is desk.folder:
-    arguments = [word.replace("--config=configs", f"--config={REPOSITORY}/configs") for word in arguments]
-  code, output = desk.run(module, arguments, run=extra is not None, folder=elsewhere)
-  assert code == 0, f"{block}: {shlex.join(words)}\n{output}"
+      assert flag in script, f"{words[1]} has no --{flag}"
+
+
+def read_or_run(block: Block, module: str, arguments: list[str], desk: Desk) -> None:
+  """Has the command read its flags and resolve its experiment; or runs it, where `RUN` says how."""
+  line = " ".join([module, *arguments])
+  tiny = next((flags for (page, has), flags in RUN.items()
+               if page == block.page and all(word in line for word in has.split())), None)
+  arguments = [desk.with_own_paths(word) for word in arguments]
+  if tiny is not None:
+    arguments = [word.replace(desk.path("world"), desk.path("small")) for word in arguments] + tiny
+  folder = REPOSITORY
+  if "yaml=tfds" in line:  # which names a folder beside it
+    folder, arguments = desk.folder, [word.replace("=configs", f"={REPOSITORY}/configs") for word in arguments]
+  code, output = desk.run(module, arguments, run=tiny is not None, folder=folder)
+  assert code == 0, f"{block}: {line}\n{output}"
 
 
 def test_what_is_not_run_is_there() -> None:
   """Reasons and settings that no command needs any more go."""
   for begin in NOT_RUN:
-    assert begin == "bash launch/docs.sh" or any(
-      shlex.join(words).startswith(begin) or f" {begin}" in shlex.join(words) for _, words in COMMANDS
-    ), begin
+    assert any(shlex.join(words).startswith(begin) for _, words in COMMANDS), f"no command begins with {begin}"
   for page, has in RUN:
     assert any(block.page == page and all(word in " ".join(words) for word in has.split()) for block, words in COMMANDS)
 

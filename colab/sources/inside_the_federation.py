@@ -101,6 +101,9 @@ for axis, index in zip(axes[0], chosen, strict=True):
 plt.show()
 
 # %% [markdown]
+# Early on, updates agree most within a family, and nodes take much from their siblings and a little from the other
+# family. Later each learns what is peculiar to its own language; updates hardly agree any more, and little is taken.
+#
 # All rounds, with a slider and buttons (they work wherever the notebook's scripts do, also without running it):
 
 # %%
@@ -143,21 +146,24 @@ plt.show()
 # ## How far models drift apart
 #
 # The distance of each leaf's model from its federation's, in norms of the latter, at the end of each round: of the
-# backbone and of the key layers. The checkpoints hold every node's parameters, the nodes of a level stacked on axis 0.
+# backbone, which nodes share until their own text is enough to go by, and of the key layers, which are their own here. The checkpoints hold every node's parameters, the nodes of a level stacked on axis 0.
 
 # %%
+import warnings
+
+import jax
 import orbax.checkpoint as ocp
 
 from worldlm_jax import federation as federation_lib
 
+warnings.filterwarnings("ignore", message="Sharding info not provided")  # one device, then as now
 tree = federation_lib.resolve(experiment)
 checkpoints = sorted((Path("runs/inside") / "checkpoints").glob("[0-9]*"), key=lambda folder: int(folder.name))
 
 
 def flat(part: dict) -> np.ndarray:
   """The parameters of the nodes of a level as rows."""
-  arrays = [np.asarray(array) for _, array in sorted(part.items())]
-  return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
+  return np.concatenate([np.asarray(array).reshape(len(array), -1) for array in jax.tree.leaves(part)], axis=1)
 
 
 drift = {"backbone": [], "key_layers": []}

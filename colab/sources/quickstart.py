@@ -102,7 +102,8 @@ for chart in ("tree", "matrix"):
 # %%
 from html import escape
 
-HTML(f'<iframe srcdoc="{escape(page.read_text())}" width="100%" height="720" style="border: 1px solid #8888"></iframe>')
+frame = '<iframe srcdoc="{}" width="100%" height="720" style="border: 1px solid #8888"></iframe>'
+HTML(f"<div>{frame.format(escape(page.read_text(encoding='utf-8')))}</div>")
 
 # %% [markdown]
 # ## On from here

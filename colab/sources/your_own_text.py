@@ -109,7 +109,8 @@ from html import escape
 from worldlm_jax import report
 
 page = report.report("runs/own")
-HTML(f'<iframe srcdoc="{escape(page.read_text())}" width="100%" height="720" style="border: 1px solid #8888"></iframe>')
+frame = '<iframe srcdoc="{}" width="100%" height="720" style="border: 1px solid #8888"></iframe>'
+HTML(f"<div>{frame.format(escape(page.read_text(encoding='utf-8')))}</div>")
 
 # %% [markdown]
 # On Colab, `files.download("runs/own/report.html")` takes it home. On your own machine the same comparison is
