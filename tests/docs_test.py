@@ -215,7 +215,7 @@ def test_every_block_says_what_it_is_in(page: Path) -> None:
 def test_python_runs(page: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
   """The blocks of a page one after the other, in one namespace; those that are files of the package are elsewhere."""
   monkeypatch.chdir(desk.folder)
-  names: dict[str, Any] = {}
+  names: dict[str, Any] = {"c": c}  # as in a config file, of which many blocks are a part
   for block in BLOCKS:
     if block.page != page or block.language != "python" or "worldlm_jax/" in block.before:
       continue
