@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 LANGUAGES = ("bash", "diff", "json", "python", "text", "yaml")
 FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SCRIPT = re.compile(r"# (\w+\.py)\n")  # a block that is a file begins with its name
 
 COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 MODEL = {"num_layers": 2, "d_model": 12, "num_heads": 2, "num_kv_heads": 1, "d_ff": 17, "key_layer_share": 0.5}
@@ -160,7 +161,7 @@ class Desk:
       (r"(?<==)(tfds|hf)\.yaml$", r"\1.yaml"), (r"(?<==)runs/bpe\.json$", "bpe.json"), (r"(?<==)data/", "data/"),
     ):
       word = re.sub(pattern, lambda match, path=path: self.path(match.expand(path)), word)
-    return re.sub(r"^--config=CONFIG$", "--config=configs/folder.py", word)
+    return re.sub(r"^--config=CONFIG$", "--config=configs/synthetic.py", word)
 
   def run(self, module: str, arguments: list[str], *, run: bool, folder: Path = REPOSITORY) -> tuple[int, str]:
     """Exit code and output of a command, or of reading its flags."""
@@ -183,6 +184,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
   write_text(folder / "texts" / "mine", "jsonl")
   tagged = [{"text": f"Document {i}", "meta": {"domain": ("law/eu", "law/us")[i % 2]}} for i in range(99)]
   (folder / "world.jsonl").write_text("".join(json.dumps(document) + "\n" for document in tagged))
+  for script in (found for block in BLOCKS if (found := SCRIPT.match(block.text))):
+    (folder / script[1]).write_text(script.string)
   environment = os.environ | {
     "XLA_FLAGS": COMPILER, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "PYTHONPATH": str(REPOSITORY),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "HF_HUB_OFFLINE": "1",
@@ -219,9 +222,8 @@ def test_python_runs(page: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> 
   for block in BLOCKS:
     if block.page != page or block.language != "python" or "worldlm_jax/" in block.before:
       continue
-    if script := re.match(r"# (\w+\.py)\n", block.text):
-      (desk.folder / script[1]).write_text(block.text)  # a command runs it
-      continue
+    if SCRIPT.match(block.text):
+      continue  # a command runs it
     names.pop("get_config", None)
     exec(compile("\n" * block.line + block.text, page, "exec"), names)
     if "get_config" in names:
