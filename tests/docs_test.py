@@ -56,6 +56,8 @@ NOT_RUN = {
   "tfds build": "needs the network, and TensorFlow",
   "tensorboard": "waits for a browser",
   "python -m benchmarks.": "benchmarks_test runs them at their smallest size",
+  "python -m worldlm_jax.main --config=configs/synthetic.py --config.algorithm=fedatt":
+    "the guide's rule is no part of the package; the test of the guide trains it",
   "python -m colab.make": "colab_test runs the notebooks with tiny settings",
 }
 
@@ -293,6 +295,8 @@ def read_or_run(block: Block, module: str, arguments: list[str], desk: Desk) -> 
   tiny = next((flags for (page, has), flags in RUN.items()
                if page == block.page and all(word in line for word in has.split())), None)
   arguments = [desk.with_own_paths(word) for word in arguments]
+  if re.search("configs/(mc4|pile)_", line) and "--config.federation" not in line:
+    arguments.append(f"--config.federation.folder={desk.path('world')}")  # for what they have been prepared from
   if tiny is not None:
     arguments = [word.replace(desk.path("world"), desk.path("small")) for word in arguments] + tiny
   folder = REPOSITORY

@@ -146,7 +146,8 @@ plt.show()
 # ## How far models drift apart
 #
 # The distance of each leaf's model from its federation's, in norms of the latter, at the end of each round: of the
-# backbone, which nodes share until their own text is enough to go by, and of the key layers, which are their own here. The checkpoints hold every node's parameters, the nodes of a level stacked on axis 0.
+# backbone, which nodes share until their own text is enough to go by, and of the key layers, which are their own here.
+# The checkpoints hold every node's parameters, the nodes of a level stacked on axis 0.
 
 # %%
 import warnings
