@@ -101,7 +101,7 @@ for axis, index in zip(axes[0], chosen, strict=True):
 plt.show()
 
 # %% [markdown]
-# Early on, updates agree most within a family, and nodes take much from their siblings and a little from the other
+# Early on, updates agree most within a family, and nodes take most from their siblings and less from the other
 # family. Later each learns what is peculiar to its own language; updates hardly agree any more, and little is taken.
 #
 # All rounds, with a slider and buttons (they work wherever the notebook's scripts do, also without running it):
