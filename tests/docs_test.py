@@ -412,13 +412,13 @@ shares = jnp.array([[0.5, 0], [0.5, 0], [0, 0], [0, 1.0]])
 config = c.Config(backbone=c.BackboneConfig(server_learning_rate=0.7))
 rule = fedatt.make(config, None, None).backbone
 class Below: params = {{"backbone": {{"x": members}}}}
-merged = np.asarray(rule.merge({{"x": own}}, (), Below, shares, None)[0]["x"])
+merged = np.asarray(rule.merge({{"x": own}}, (), Below, shares, None, None)[0]["x"])
 moved = np.array(members[:2] - own[0])
 norm = np.linalg.norm(moved, axis=1)
 alpha = np.exp(norm) / np.exp(norm).sum()
 expected = [own[0] + 0.7 * alpha @ moved, own[1] + 0.7 * (members[3] - own[1]), own[2]]
 np.testing.assert_allclose(merged, expected, rtol=1e-6)
-lonely = np.asarray(rule.merge({{"x": own}}, (), Below, 0 * shares, None)[0]["x"])
+lonely = np.asarray(rule.merge({{"x": own}}, (), Below, 0 * shares, None, None)[0]["x"])
 np.testing.assert_array_equal(lonely, own)
 
 base = c.Config(
