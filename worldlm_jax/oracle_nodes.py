@@ -35,6 +35,7 @@ class Shared(NamedTuple):
   update: Layers
   fresh: bool
   sent: list[Residual]
+  heard: bool  # whether all this has come in at its federation
 
 
 @dataclasses.dataclass
@@ -54,6 +55,7 @@ class NodeState:
   trust: float = 1.0
   trained: bool = False
   fresh: bool = False
+  heard: bool = True
   handed: Any = None  # the parent's backbone and key layers, as they arrived
   errors: Any = None  # what has not arrived of the updates of both
   addition_error: Any = None  # nor of what the parent added to the key layers
@@ -66,7 +68,7 @@ class NodeState:
 
   def shared(self) -> Shared:
     """What others may see of the node now."""
-    return Shared(self.update, self.fresh, self.sent)
+    return Shared(self.update, self.fresh and self.heard, self.sent, self.heard)
 
   def known(self) -> tuple[Any, Layers]:
     """Backbone and key layers, as others know them."""
