@@ -147,23 +147,11 @@ class Engine:
     return _with_level(state, level, new), log
 
   def move(self, state: state_lib.State, moves: Sequence[tuple[str, str]]) -> state_lib.State:
-    """Copies all that nodes hold from one place to another; pairs of paths, from and to.
-
-    What the new place's level does not have, such as a server optimizer where there were no federations, begins anew.
-    """
+    """Copies all that nodes hold from one place to another; pairs of paths, from and to."""
     places = {m.path: (d, i) for d, members in enumerate(self.federation.levels) for i, m in enumerate(members)}
-
-    def phase(target, source, to, row):
-      def copied(new: trees.PyTree, old: trees.PyTree) -> trees.PyTree:
-        if jax.tree.structure(new) != jax.tree.structure(old):
-          return new
-        return jax.tree.map(lambda n, o: n.at[to].set(o[row]), new, old)
-
-      return state_lib.LevelState(*map(copied, target, source))
-
     for before, after in moves:
       (old, row), (new, to) = places[before], places[after]
-      moved = self._call(("move", old, new), phase, state[new], state[old], np.int32(to), np.int32(row),
+      moved = self._call(("move", old, new), state_lib.with_copied, state[new], state[old], np.int32(to), np.int32(row),
                          mesh=self.home, donate=False, logs=False)
       state = _with_level(state, new, moved)
     return state

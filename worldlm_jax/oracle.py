@@ -20,7 +20,7 @@ from worldlm_jax import attendance, local, model, oracle_guards, oracle_privacy,
 from worldlm_jax.config import Config, OptimizerConfig
 from worldlm_jax.exchange import backbone as backbone_lib, relevance, trust
 from worldlm_jax.federation import Federation, Member
-from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared
+from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared, attended_updates
 from worldlm_jax.plain import Layers
 from worldlm_jax.privacy import policy
 
@@ -210,9 +210,8 @@ class Oracle:
       others = [above.update] if above.trained and first_repeat else []
       siblings = [c.path for c in self.children[parent.path] if c.path != q.path]
       others += [last[path].update for path in siblings if last[path].fresh]
-      addition, _ = self._attend_updates(update, [
-        [plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)
-      ])
+      candidates = [[plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)]
+      addition = attended_updates(keys, self._units(), update, candidates)
       if self.rounds:
         addition = self.edge.added(node, addition)
       own = node.key_layers
@@ -355,32 +354,6 @@ class Oracle:
             result[t][i] = sum(w_s * c[t] for w_s, c in zip(w, candidates[i], strict=True)) if w.any() else own[t][i]
             weights[i][t] = w
     return result, [w.mean(axis=0) for w in weights]
-
-  def _attend_updates(
-    self, own: Layers, candidates: list[list[list[np.ndarray]]]
-  ) -> tuple[Layers, list[np.ndarray]]:
-    """What to add to layers that already hold `own`, and per layer the cosines `[S]`, averaged over tensors."""
-    keys = self.config.key_layers
-    result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
-    cosines = [np.zeros((len(self.shapes), len(c))) for c in candidates]
-    for unit in self._units():
-      direction = np.concatenate([own[t][i] for t, i in unit])
-      steps = {(t, i): own[t][i] for t, i in unit}
-      for t, i in unit:
-        for s, candidate in enumerate(candidates[i]):
-          # With granularity "all", a candidate's missing layers count as zeros.
-          theirs = np.concatenate([
-            candidates[j][s][u] if s < len(candidates[j]) else 0 * own[u][j] for u, j in unit
-          ])
-          cosines[i][t, s] = plain.cosine(direction, theirs)
-          beta = keys.update_strength * bool(direction.any()) * max(0.0, cosines[i][t, s] - keys.update_threshold)
-          steps[t, i] = steps[t, i] + beta * candidate[t]
-      step_vector = np.concatenate([steps[t, i] for t, i in unit])
-      own_norm, step_norm = np.linalg.norm(direction), np.linalg.norm(step_vector)
-      scale = min(1.0, keys.update_norm_cap * own_norm / step_norm) if own_norm and step_norm else 1.0
-      for t, i in unit:
-        result[t][i] = scale * steps[t, i] - own[t][i]
-    return result, [c.mean(axis=0) for c in cosines]
 
   def _units(self) -> list[list[tuple[int, int]]]:
     """What attention treats as one: lists of (tensor, layer)."""
