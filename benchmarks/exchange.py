@@ -74,8 +74,7 @@ class Exchange:
     for step in self._steps:
       at = time.perf_counter()
       if step.kind == "up":
-        members = np.ones(len(self.rounds.federation.levels[step.level + 1]), bool)
-        self.rounds.state, _ = engine.up(self.rounds.state, step, members, index)
+        self.rounds.state, _ = engine.up(self.rounds.state, step, index)
       else:
         self.rounds.state, _ = engine.down(self.rounds.state, step, index + 1)
       jax.block_until_ready(self.rounds.state)

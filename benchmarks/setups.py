@@ -79,15 +79,13 @@ class Rounds:
 
   def phases(self) -> Iterator[str]:
     """One round, phase by phase: the kind of each as soon as it is on its way."""
-    active: dict[int, np.ndarray] = {}
     for step in self.steps:
       if step.kind == "down":
-        active[step.level] = step.active
         self.state, _ = self.engine.down(self.state, step, self.index)
       elif step.kind == "train":
         self.state, _ = self.engine.train(self.state, step.level, self.workload(step))
       else:
-        self.state, _ = self.engine.up(self.state, step, active[step.level + 1], self.index)
+        self.state, _ = self.engine.up(self.state, step, self.index)
       yield step.kind
     self.index += 1
 

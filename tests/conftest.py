@@ -20,6 +20,7 @@ import pytest
 
 from worldlm_jax import (
   algorithms,
+  attendance,
   checkpoint as checkpoint_lib,
   config as config_lib,
   engine as engine_lib,
@@ -89,11 +90,11 @@ class Harness:
     self.config = algorithms.adapted(self.config)
     self.federation = algorithms.arranged(self.config, federation_lib.resolve(self.config))
     self.arch = model.architecture(self.config.model, VOCAB, num_key_layers=algorithms.num_key_layers(self.config))
-    self.text_tokens = {m.path: text_tokens_of(self.former.get(m.path, m.path)) for m in self.federation.members
+    self.text_tokens = {m.path: text_tokens_of(self.former.get(m.path, m.identity)) for m in self.federation.members
                         if m.data}
     mesh = partition.make_mesh(jax.devices()[: self.num_devices], self.fsdp, self.tensor)
     self.validation = {
-      m.path: windows_of("validation of " + self.former.get(m.path, m.path), 0)
+      m.path: windows_of("validation of " + self.former.get(m.path, m.identity), 0)
       for m in self.federation.members if m.data
     }
     self.engine = engine_lib.Engine(
@@ -102,7 +103,8 @@ class Harness:
     )
     self.state = self.engine.init()
     self.logs: list[tuple[str, int, Any]] = []
-    self.positions = dict.fromkeys((m.path for m in self.federation.members), 0)
+    self.positions = dict.fromkeys((m.identity for m in self.federation.members), 0)
+    self.attends = attendance.Attendance(self.config.seed, self.federation)
 
   def _validation_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
     empty = np.zeros((MAX_BATCH, 8), np.int32)
@@ -120,11 +122,11 @@ class Harness:
   def workload(self, step: schedule.Step) -> local.Workload:
     """What the nodes of a training step are to do."""
     members = self.federation.levels[step.level]
-    taken = [self.positions[m.path] for m in members]
+    taken = [self.positions[m.identity] for m in members]
     for m, active in zip(members, step.active, strict=True):
-      self.positions[m.path] += int(active) * m.settings.local_steps
+      self.positions[m.identity] += int(active) * m.settings.local_steps
     most, batch, _ = feed.workload_shape(self.federation, step.level, self.config.optimizer.microbatch_size, 7)
-    texts = [self.former.get(m.path, m.path) for m in members]
+    texts = [self.former.get(m.path, m.identity) for m in members]
     windows = np.array([[windows_of(text, taken[i] + s) for s in range(most)] for i, text in enumerate(texts)])
     windows = np.pad(windows, [(0, 0), (0, 0), (0, max(0, batch - MAX_BATCH)), (0, 0)])[:, :, :batch]
     return local.Workload(
@@ -139,15 +141,15 @@ class Harness:
 
   def round(self, index: int, stage: int | None = None, absent: Collection[str] = ()) -> None:
     """One round of the engine."""
-    active: dict[int, np.ndarray] = {}
-    for step in schedule.round_steps(self.federation, stage, absent):
+    self.attends.absent = absent
+    self.state = self.engine.move(self.state, self.federation.moves(index))
+    for step in schedule.round_steps(self.federation, stage, self.attends, index):
       if step.kind == "down":
-        active[step.level] = step.active
         self.state, log = self.engine.down(self.state, step, index)
       elif step.kind == "train":
         self.state, log = self.engine.train(self.state, step.level, self.workload(step))
       else:
-        self.state, log = self.engine.up(self.state, step, active[step.level + 1], index)
+        self.state, log = self.engine.up(self.state, step, index)
       self.logs.append((step.kind, step.level, jax.device_get(log)))
 
   def oracle(self) -> oracle_lib.Oracle:

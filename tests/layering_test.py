@@ -15,10 +15,10 @@ PACKAGE = Path(worldlm_jax.__file__).parent
 LAYERS = (
   ("trees", "checks", "plain", "command"),
   ("config", "rngs", "validation"),
-  ("model", "data", "distributed", "federation", "links", "partition", "metrics", "progress", "signals",
+  ("model", "data", "distributed", "federation", "links", "moves", "partition", "metrics", "progress", "signals",
    "tree_sources", "watching"),
-  ("local", "continuation", "exchange", "generation", "likelihood", "privacy", "scoring", "schedule"),
-  ("state", "algorithms", "oracle", "oracle_nodes", "oracle_privacy"),
+  ("attendance", "local", "continuation", "exchange", "generation", "likelihood", "privacy", "scoring", "schedule"),
+  ("state", "algorithms", "oracle", "oracle_guards", "oracle_nodes", "oracle_privacy"),
   ("checkpoint", "compiled", "engine", "fairness", "feed", "ledger", "matrix", "plan", "planning", "records",
    "spending", "text_scores", "texts", "train", "workdir"),
   ("comparison", "comparison_tables", "entries", "verdicts"),

@@ -48,6 +48,21 @@ class NodeSettings:
   # And then of examples (DP-SGD): of windows or, with packing=documents, of documents.
   example_clip: float = math.inf  # the largest norm of an example's gradient
   example_noise: float = 0.0  # noise multiplier of each step
+  # Partners that fail, simulated (see attendance.py). Rounds of the root, counted from 0:
+  joins_round: int = 0  # the first in which it is a member
+  leaves_round: int = 0  # the first in which it is one no longer; 0: it stays
+  loses_data_round: int = 0  # the first in which it has nothing to train on any more, and only receives; 0: it keeps it
+  # As a member, in each round of its federation:
+  loss_before: float = 0.0  # probability that it is lost before it trains
+  loss_after: float = 0.0  # probability that it is lost once it has trained: its update never arrives
+  step_seconds: float = 0.0  # simulated seconds that an optimizer step takes it
+  step_seconds_spread: float = 0.0  # how much they vary from round to round: the deviation of their logarithm
+  # As a federation, in each of its own rounds:
+  member_share: float = 1.0  # how many members are asked, drawn anew each time; at least one
+  member_count: int = 0  # at most so many; 0: no such limit
+  deadline_seconds: float = math.inf  # simulated; members who take longer are late
+  late_weight: float = 0.5  # factor on the weight of a late update for each round that it is late; 0: it is discarded
+  quorum: float = 0.0  # share of those asked who must be in time, lest the federation keep its state
 
 
 @dataclasses.dataclass(slots=True)
@@ -182,6 +197,15 @@ class Swap:
 
 
 @dataclasses.dataclass(slots=True)
+class Move:
+  """From a round of the root on, `node` is a member of `to`, with all below it (see moves.py). Both are paths."""
+
+  node: str = ""  # where it is then
+  to: str = ""
+  round: int = 1  # counted from 0
+
+
+@dataclasses.dataclass(slots=True)
 class FederationConfig:
   """Where the tree comes from: exactly one of the first five. `overrides` maps path -> field -> value."""
 
@@ -192,6 +216,7 @@ class FederationConfig:
   synthetic: SyntheticTree = dataclasses.field(default_factory=SyntheticTree)
   partition: Partition = dataclasses.field(default_factory=Partition)
   swap: Swap = dataclasses.field(default_factory=Swap)
+  moves: list[Move] = dataclasses.field(default_factory=list)
   overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -245,9 +270,21 @@ class BackboneConfig:
   """How a federation averages its members' backbones."""
 
   weights: str = "text"  # text (by how much of it the members have) | tokens (that they trained on) | uniform
+  aggregate: str = "mean"  # mean | trimmed_mean | median | norm_bounded, of key layers' updates too: exchange/robust.py
+  trim: float = 0.2  # of trimmed_mean: the share of the weight that is cut off at each end
+  norm_bound: float = 1.0  # of norm_bounded: the largest norm of an update, in median norms of those of all members
   server_optimizer: str = "sgd"  # sgd | nesterov | adam
   server_learning_rate: float = 1.0
   server_momentum: float = 0.9  # nesterov's momentum and adam's b1
+
+
+@dataclasses.dataclass(slots=True)
+class GuardConfig:
+  """Whose updates are rejected (see exchange/guards.py); those that are not finite always are."""
+
+  norm_ratio: float = math.inf  # so many times longer than the median of the siblings'; inf: never
+  opposition: float = 1.0  # mean cosine with the siblings' under minus this, theirs among each other over it; 1: never
+  failing: str = "stop"  # stop | leave_out: what a loss that is not finite at one node does: ends the run, or its round
 
 
 @dataclasses.dataclass(slots=True)
@@ -321,6 +358,7 @@ class Config:
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+  guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
   key_layers: KeyLayerConfig = dataclasses.field(default_factory=KeyLayerConfig)
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

@@ -114,36 +114,50 @@ class Engine:
     deeper = {j: r for j in topology.eligible if j > level and (r := state[j].residuals) is not None}
     above = state[level - 1] if level else None
 
-    def phase(own, above, deeper, nodes, phase):
+    heard = {j: self._heard(step, j) for j in deeper}
+
+    def phase(own, above, deeper, heard, nodes, phase):
+      deeper = {j: sent._replace(present=sent.present & heard[j][:, None, None]) for j, sent in deeper.items()}
       return rules.down(self.algorithm, topology, own, above, deeper, nodes, phase)
 
     new, log = self._call(
-      ("down", level), phase, state[level], above, deeper, self._inputs(level, step.active, "down"),
+      ("down", level), phase, state[level], above, deeper, heard, self._inputs(level, step, "down"),
       self._phase(step, round_index), mesh=self.home,
     )
     return _with_level(state, level, new), log
 
   def up(
-    self, state: state_lib.State, step: schedule.Step, members_active: np.ndarray, round_index: int
+    self, state: state_lib.State, step: schedule.Step, round_index: int
   ) -> tuple[state_lib.State, rules.Log]:
-    """The up-phase of `step.level`; `members_active` says who of the level below took part."""
+    """The up-phase of `step.level`."""
     level = step.level
 
-    def phase(own, below, members_active, nodes, phase, guards):
+    def phase(own, below, arrived, nodes, phase, guards):
       return rules.up(
-        self.algorithm, self.topologies[level], own, below, members_active, self.topologies[level + 1], nodes, phase,
+        self.algorithm, self.topologies[level], own, below, arrived, self.topologies[level + 1], nodes, phase,
         guards and rules.Guards(*guards),
       )
 
     guards = None
     if self.algorithm.shares and policy.any_central(self.federation):
       guards = [jax.tree.map(functools.partial(self._pad, i), self._guards[i]) for i in (level, level + 1)]
+    arrived = np.ones(len(self.federation.levels[level + 1]), np.float32) if step.arrived is None else step.arrived
     new, log = self._call(
-      ("up", level), phase, state[level], state[level + 1], self._pad(level + 1, members_active),
-      self._inputs(level, step.active, "up"),
+      ("up", level), phase, state[level], state[level + 1], self._pad(level + 1, arrived),
+      self._inputs(level, step, "up"),
       self._phase(step, round_index), guards, mesh=self.home,
     )
     return _with_level(state, level, new), log
+
+  def move(self, state: state_lib.State, moves: Sequence[tuple[str, str]]) -> state_lib.State:
+    """Copies all that nodes hold from one place to another; pairs of paths, from and to."""
+    places = {m.path: (d, i) for d, members in enumerate(self.federation.levels) for i, m in enumerate(members)}
+    for before, after in moves:
+      (old, row), (new, to) = places[before], places[after]
+      moved = self._call(("move", old, new), state_lib.with_copied, state[new], state[old], np.int32(to), np.int32(row),
+                         mesh=self.home, donate=False, logs=False)
+      state = _with_level(state, new, moved)
+    return state
 
   def train(self, state: state_lib.State, level: int, work: local.Workload) -> tuple[state_lib.State, list[WaveLog]]:
     """Local training of a level, wave by wave; `work` has leaves `[n, ...]`.
@@ -258,11 +272,17 @@ class Engine:
     examples = examples_lib.of(guards, own.private) if policy.any_examples(self.federation) else None
     trained = local.train_nodes(self.arch, self.config.optimizer, self.mesh, own.params, own.opt_state, work, examples)
     took_part = trained.steps > 0
+    if self.config.guards.failing == "leave_out":  # whose training failed stays as if it had not trained
+      took_part &= trained.steps == work.steps
+      before = own.params, own.opt_state
+      params, opt_state = trees.where(took_part, (trained.params, trained.opt_state), before)
+      trained = trained._replace(params=params, opt_state=opt_state)
     moved = {part: trees.subtract(trained.params[part], own.params[part]) for part in self.algorithm.tracks}
     if guards is not None:
       trained, moved, private = self._released(own.params, trained, moved, own.private, guards)
       own = own._replace(private=trees.where(took_part, private, own.private))
-    weight = jnp.where(took_part, work.weight, 0.0) if self.algorithm.weights == "text" else jnp.float32(trained.tokens)
+    weight = work.weight if self.algorithm.weights == "text" else jnp.float32(trained.tokens)
+    weight = jnp.where(took_part, weight, 0.0)
     new = own._replace(
       params=trained.params, opt_state=trained.opt_state, update=trees.where(took_part, moved, own.update),
       own_weight=own.own_weight + weight, weight=own.weight + weight,
@@ -316,8 +336,12 @@ class Engine:
     """Whether this step's program has been compiled before."""
     return any(name[0] == step.kind and (step.kind == "train" or name[1] == step.level) for name in self._compiled)
 
-  def _inputs(self, level: int, active: np.ndarray, phase: str) -> rules.NodeInputs:
-    return self._nodes[level][phase]._replace(active=self._pad(level, active))
+  def _inputs(self, level: int, step: schedule.Step, phase: str) -> rules.NodeInputs:
+    return self._nodes[level][phase]._replace(active=self._pad(level, step.active), heard=self._heard(step, level))
+
+  def _heard(self, step: schedule.Step, level: int) -> jax.Array:
+    heard = (step.heard or {}).get(level)
+    return self._pad(level, np.ones(len(self.federation.levels[level]), bool) if heard is None else heard)
 
   def _phase(self, step: schedule.Step, round_index: int) -> rules.PhaseInputs:
     return rules.PhaseInputs(np.int32(round_index), np.bool_(step.first_repeat), np.int32(self._num_rounds))
@@ -333,14 +357,15 @@ class Engine:
     backbone = np.array([m.settings.backbone_independence for m in members], np.float32)
     key_layers = np.array([m.settings.key_layer_independence for m in members], np.float32)
     text = np.array([self._text_tokens.get(m.path, 0) for m in members], np.float32)
-    text_share = text / max(1, sum(self._text_tokens.values()))
+    total = sum(self._text_tokens.get(m.path, 0) for m in self.federation.members if not m.moved_from)
+    text_share = text / max(1, total)
     arrays = self._epochs[level], backbone, key_layers, text_share, validated, windows, counts
     shared = [self._pad(level, array) for array in arrays]
     temperatures = {
       "down": [m.settings.down_temperature for m in members], "up": [m.settings.up_temperature for m in members]
     }
     return {
-      phase: rules.NodeInputs(None, self._pad(level, np.array(values, np.float32)), *shared)
+      phase: rules.NodeInputs(None, None, self._pad(level, np.array(values, np.float32)), *shared)
       for phase, values in temperatures.items()
     }
 

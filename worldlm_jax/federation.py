@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_jax import checks, config as config_lib, tree_sources, validation
+from worldlm_jax import checks, config as config_lib, moves, tree_sources, validation
 from worldlm_jax.tree_sources import ROOT
 
 ABOVE = ".."  # the path of a root that is put above the configured tree; no node can have this name
@@ -31,6 +31,14 @@ class Member:
   data: config_lib.Source | None
   settings: config_lib.NodeSettings
   pools: tuple[str, ...] = ()  # the members on whose batches it trains; see `pooled`
+  origin: str = ""  # the first place of a node that has moved, whose text and batches it goes on with; see `identity`
+  moved_from: str = ""  # its place before, and
+  moved_in: int = 0  # the round of the root in which it came from there
+
+  @property
+  def identity(self) -> str:
+    """What it is known by wherever it is: its first path."""
+    return self.origin or self.path
 
   @property
   def trains(self) -> bool:
@@ -89,9 +97,26 @@ class Federation:
     return np.asarray(self.children(level)[1].any(axis=1))
 
   @functools.cached_property
+  def members_of(self) -> dict[str, tuple[Member, ...]]:
+    """By path, a node's children."""
+    found: dict[str, list[Member]] = {member.path: [] for member in self.members}
+    for member in self.members[1:]:
+      found[str(member.parent)].append(member)
+    return {path: tuple(children) for path, children in found.items()}
+
+  @functools.cached_property
   def by_path(self) -> dict[str, Member]:
     """Every node by its path."""
     return {member.path: member for member in self.members}
+
+  @functools.cached_property
+  def deserted(self) -> frozenset[str]:
+    """The places whose nodes are elsewhere in the end."""
+    return frozenset(member.moved_from for member in self.members if member.moved_from)
+
+  def moves(self, round_index: int) -> list[tuple[str, str]]:
+    """Who moves at the beginning of a round of the root: pairs of paths, from and to."""
+    return [(m.moved_from, m.path) for m in self.members if m.moved_from and m.moved_in == round_index]
 
   @functools.cached_property
   def ancestors(self) -> dict[str, tuple[str, ...]]:
@@ -133,6 +158,7 @@ def pooled(federation: Federation) -> Federation:
   would take. Below it stand the nodes with text, to be scored, and to personalise the model in the last round.
   """
   members = _members_of(dataclasses.replace(federation.root, path=ABOVE), federation)
+  members = tuple(m for m in members if not m.moved_from)  # their text is that of their first place
   windows = sum(m.settings.local_steps * m.settings.batch_size for m in members)
   batch_size = max((m.settings.batch_size for m in members), default=1)
   settings = dataclasses.replace(federation.root.settings, local_steps=-(-windows // batch_size), batch_size=batch_size)
@@ -160,15 +186,21 @@ def resolve(config: config_lib.Config) -> Federation:
   Raises `ValueError` naming the field or node, its value, what was expected and the remedy.
   """
   validation.validate(config)
-  root = tree_sources.configured_tree(config.federation, config.data)
+  root, places = moves.with_moves(tree_sources.configured_tree(config.federation, config.data), config.federation.moves)
   levels: list[list[Member]] = []
   beside = config.inner_text == "beside"
   unused = {path: dict(values) for path, values in config.federation.overrides.items()}
 
   def visit(node: config_lib.Node, path: str, parent: str | None, inherited: config_lib.NodeSettings) -> None:
     validation.validate_node(node, f"node {path!r}")
-    own = dict(node.settings) | unused.pop(path, {})
+    own, history = dict(node.settings), places.history(path)
+    for place in history:
+      own |= config.federation.overrides.get(place, {})
+    unused.pop(path, None)
     settings = _override(inherited, own, f"node {path!r}")
+    settings.joins_round = max(settings.joins_round, places.arrivals.get(path, 0))
+    if left := places.departures.get(path):
+      settings.leaves_round = min(left, settings.leaves_round or left)
     validation.validate_node_settings(settings, f"node {path!r}")
     if not node.children and node.data is None:
       checks.fail(f"node {path!r}: data", None, "a source of text at every node without children",
@@ -176,9 +208,16 @@ def resolve(config: config_lib.Config) -> Federation:
     level = 0 if path == ROOT else path.count("/") + 1
     levels.extend([] for _ in range(level + 1 + bool(node.children) - len(levels)))
     head = f"{path}/" if beside and node.children and node.data is not None else path
-    levels[level].append(Member(head, node.name, parent, node.data if head == path else None, settings))
+
+    def place(head: str = "") -> dict[str, Any]:
+      if path not in places.before:
+        return {}
+      return {"origin": history[0] + head, "moved_from": places.before[path] + head, "moved_in": places.since[path]}
+
+    own_data = node.data if head == path else None
+    levels[level].append(Member(head, node.name, parent, own_data, settings, **place(head.removeprefix(path))))
     if head != path:
-      levels[level + 1].append(Member(path, node.name, head, node.data, settings))
+      levels[level + 1].append(Member(path, node.name, head, node.data, settings, **place()))
     _check_names([child.name for child in node.children], path)
     for child in node.children:
       visit(child, child.name if path == ROOT else f"{path}/{child.name}", head, settings)

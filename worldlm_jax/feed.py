@@ -20,8 +20,8 @@ Batches = NodeBatches | PooledBatches | poisson.PoissonBatches
 
 def workload(
   federation: Federation, step: schedule.Step, batches: Mapping[str, Batches],
-  rates: Mapping[str, np.ndarray], positions: Mapping[str, int], shape: tuple[int, int, int],
-  text_tokens: Mapping[str, int],
+  rates: Mapping[str, np.ndarray], positions: Mapping[str, int], planned: Mapping[str, int],
+  shape: tuple[int, int, int], text_tokens: Mapping[str, int],
 ) -> local.Workload:
   """What the nodes of a training step do: leaves `[n, ...]`.
 
@@ -30,7 +30,8 @@ def workload(
     step: a step of kind "train".
     batches: the batches of each node with data whose devices are this process's, by path.
     rates: the learning rate of each of a node's own steps, by path.
-    positions: how many steps each node has made so far.
+    positions: how many steps each node has made so far, by its identity: where in its text it is.
+    planned: how many it would have made if it had never been missing: where in its schedule of rates it is.
     shape: (S, B, W); see `workload_shape`.
     text_tokens: how much text each node has to train on, by path.
   """
@@ -40,10 +41,10 @@ def workload(
   steps = np.zeros(len(members), np.int32)
   for i, member in enumerate(members):
     if step.active[i]:
-      count, start = member.settings.local_steps, positions[member.path]
+      count, start = member.settings.local_steps, positions[member.identity]
       if member.path in batches:  # otherwise another process has its text, and puts its windows in place
         windows[i, :count, : _places(member)] = batches[member.path].batches(start, count)
-      learning_rates[i, :count] = rates[member.path][start : start + count]
+      learning_rates[i, :count] = rates[member.path][planned[member.identity] :][:count]
       steps[i] = count
   return local.Workload(
     windows, learning_rates, steps,
@@ -58,7 +59,7 @@ def batches(federation: Federation, texts: Mapping[str, NodeText], seed: int) ->
   """The batches of every node that has a text here, and of a root that trains on everybody's if all are here."""
   own: dict[str, Any] = {
     m.path: (poisson.PoissonBatches if policy.protects_examples(m.settings) else NodeBatches)(
-      texts[m.path].train, m.settings.batch_size, seed, m.path
+      texts[m.path].train, m.settings.batch_size, seed, m.identity
     ) for m in federation.members if m.path in texts
   }
   if not federation.is_pooled or not own.keys() >= set(federation.root.pools):
@@ -83,20 +84,29 @@ def workloads(
     positions: how many steps each node has made so far; one that is not there has made none.
   """
   sources = batches(federation, texts, config.seed)
-  totals = dict.fromkeys(federation.by_path, 0)
-  for stage in schedule.stages(federation, config.schedule):
-    for path, count in schedule.steps_per_round(federation, stage).items():
-      totals[path] += config.rounds * count
-  rates = {m.path: local.learning_rates(m.settings, totals[m.path]) for m in federation.members}
-  done = {m.path: positions.get(m.path, 0) for m in federation.members}
-  for index in range(begin[0], len(rounds)):
-    for step in rounds[index][begin[1] if index == begin[0] else 0 :]:
-      if step.kind == "train":
+  planned = [*schedule.planned_steps(config, federation)]
+  totals = dict.fromkeys((m.identity for m in federation.members), 0)
+  for member in federation.members:
+    totals[member.identity] += sum(steps[member.path] for steps in planned)
+  rates = {m.path: local.learning_rates(m.settings, totals[m.identity]) for m in federation.members}
+  done = {identity: positions.get(identity, 0) for identity in totals}
+  clock = dict.fromkeys(totals, 0)  # planned steps before the round
+  for index, (steps, in_round) in enumerate(zip(rounds, planned, strict=True)):
+    within = dict(clock)
+    for place, step in enumerate(steps if index >= begin[0] else ()):
+      if step.kind != "train":
+        continue
+      remains = (index, place) >= begin
+      if remains:
         sizes = config.optimizer.microbatch_size, config.data.sequence_length
         shape = workload_shape(federation, step.level, *sizes)
-        yield workload(federation, step, sources, rates, done, shape, tokens)
-        for member, active in zip(federation.levels[step.level], step.active, strict=True):
-          done[member.path] += int(active) * member.settings.local_steps
+        yield workload(federation, step, sources, rates, done, within, shape, tokens)
+      for member, active in zip(federation.levels[step.level], step.active, strict=True):
+        count = int(active) * member.settings.local_steps
+        within[member.identity] += count
+        done[member.identity] += count * remains
+    for member in federation.members:
+      clock[member.identity] += in_round[member.path]
 
 
 def workload_shape(

@@ -41,6 +41,7 @@ class Progress:
   test: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # personalised, by node
   private: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # [releases, steps of DP-SGD], by node
   bytes: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # [down, up] so far, by node
+  rejected: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # updates, by node and reason
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -149,11 +150,17 @@ class Ledger:
     self._put("aggregating", self._snapshot(log, self._engine.home), lambda log: self._exchanges.down(
       self.now.rows, step.level, step.active, topology, log))
 
-  def up(self, step: schedule.Step, members_active: np.ndarray, log: Any, present: dict[int, jax.Array]) -> None:
+  def up(self, step: schedule.Step, log: Any, present: dict[int, jax.Array]) -> None:
     """An up-phase; for `present` see `records.Exchanges.up`."""
     topology = self._engine.topologies[step.level]
-    self._put("aggregating", self._snapshot((log, present), self._engine.home), lambda found: self._exchanges.up(
-      self.now.rows, step.level, step.active, members_active, topology, *found))
+    assert step.arrived is not None
+    arrived = step.arrived > 0
+
+    def make(found: Any) -> None:
+      records.add_turnouts(self.now.rows, step)
+      self._exchanges.up(self.now.rows, step.level, step.active, arrived, topology, *found)
+
+    self._put("aggregating", self._snapshot((log, present), self._engine.home), make)
 
   def trained(self, index: int, level: int, work: local.Workload, logs: list[engine_lib.WaveLog], trust: Any) -> None:
     """A training phase; `trust` is that of the level's nodes, or None."""
@@ -192,14 +199,15 @@ class Ledger:
 
     self._put_scores(level, evaluation, mask, found, enter)
 
-  def received(self, level: int, evaluation: Evaluation, found: Any, into: dict[str, dict[str, float]]) -> None:
+  def received(self, level: int, evaluation: Evaluation, mask: np.ndarray, found: Any,
+               into: dict[str, dict[str, float]]) -> None:
     """Scores on the test split of what nodes would receive next."""
 
     def enter(scores: dict[str, Score]) -> None:
       for path, score in scores.items():
         into[path] = records.score_record(score, self._texts.bytes_per_token[path]["test"])
 
-    self._put_scores(level, evaluation, np.ones(len(self._federation.levels[level]), bool), found, enter)
+    self._put_scores(level, evaluation, mask, found, enter)
 
   def phase_ends(self, place: int, stop: bool) -> None:
     """The end of a round's step `place`; `stop` says whether this process has been told to stop. Collective."""
@@ -223,8 +231,8 @@ class Ledger:
 
   def mean_loss_nats(self) -> float | None:
     """The nodes' mean valid loss; None while not all have one: it could not be compared with a mean over all."""
-    losses = self.now.losses
-    everybody = len(losses) == sum(m.trains for m in self._federation.members if m.path in self._texts.held)
+    losses = {self._federation.by_path[path].identity: loss for path, loss in self.now.losses.items()}
+    everybody = len(losses) == len({m.identity for m in self._federation.members if m.trains and m.data is not None})
     return float(np.mean(list(losses.values()))) if everybody and losses else None
 
   def _put(self, activity: str, results: Any, make: Callable[[Any], None]) -> None:
@@ -254,14 +262,14 @@ class Ledger:
   def _trained_node(self, index: int, member: Member, row: int, work: local.Workload, losses_S: np.ndarray, count: int,
                     tokens: int, trust: float | None) -> None:
     path, entry = member.path, self.now.rows[member.path]
-    position = self.now.positions.get(path, 0)
+    position = self.now.positions.get(member.identity, 0)
     if count < work.steps[row]:
       loss = float(losses_S[count])
       what = f"the gradient or the step is not finite (loss {loss:.4g})" if np.isfinite(loss) else f"loss is {loss}"
       where = f", step {position + count + 1} of the node's own (not taken: the node stayed as it was before it)"
       self._fail(what, path, index, where)
-    self.now.positions[path] = position + count
-    counts_here = path in self._texts.first and (member.pools or not self._federation.is_pooled)
+    self.now.positions[member.identity] = position + int(work.steps[row])
+    counts_here = member.identity in self._texts.first and (member.pools or not self._federation.is_pooled)
     if counts_here:  # below a pool, the model has seen these windows
       seen = work.windows[row, :count, : work.batch_size[row]]
       self._windows = (self._windows + fairness.windows(seen)) % 2**64
@@ -281,10 +289,17 @@ class Ledger:
       self.now.private[member.path] = [before[0] + releases, before[1] + steps * examples]
 
   def _fail(self, what: str, path: str, index: int, where: str) -> None:
-    self.failure = self.failure or Failure(what, path, index, where)
+    """Ends the run; or only says so, and the others go on, where the config wants a failing node to be left out."""
+    self.now.rows[path]["failed"] = what + where
+    if self._engine.config.guards.failing == "stop":
+      self.failure = self.failure or Failure(what, path, index, where)
 
   def _finish_round(self, index: int) -> None:
     now, shown = self.now, []
+    trained = [path for path, row in now.rows.items() if "steps" in row or "failed" in row]
+    if trained and all("failed" in now.rows[path] for path in trained):
+      what = f"{now.rows[trained[0]]['failed']} (and so it is with everybody who trained)"
+      self.failure = self.failure or Failure(what, trained[0], index, "")
     for member in self._federation.subtree(self._federation.root.path):  # parents above their own children
       row = now.rows[member.path]
       row["tokens"] = now.tokens.get(member.path, 0)
@@ -296,8 +311,11 @@ class Ledger:
         row.get("loss_nats"), row.get("received", {}).get("perplexity"), row.get("personalised", {}).get("perplexity"),
         before, records.top_source(row),
       ))
-      if "personalised" in row:
+      if np.isfinite(row.get("personalised", {}).get("loss_nats", np.nan)):
         now.losses[member.path] = row["personalised"]["loss_nats"]
+      for reason in row.get("rejected", ()):
+        counts = now.rejected.setdefault(member.path, {})
+        counts[reason] = counts.get(reason, 0) + 1
     seconds = time.perf_counter() - self._round_began
     self._round_began += seconds
     self._show(index, shown, seconds)

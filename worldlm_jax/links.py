@@ -92,7 +92,7 @@ def take_parents(tree_P: trees.PyTree, parent_C: np.ndarray | jax.Array, num_rea
   fetch = broadcast(num_real, num_rows // mesh.shape[NODE])
 
   def take(tree: trees.PyTree, parent: jax.Array) -> trees.PyTree:
-    return jax.tree.map(lambda leaf: _by_layer(lambda rows, _: fetch(rows)[parent], leaf, leaf.ndim > 3), tree)
+    return jax.tree.map(lambda leaf: by_layer(lambda rows, _: fetch(rows)[parent], leaf, leaf.ndim > 3), tree)
 
   return on_devices(take, mesh)(tree_P, jnp.asarray(parent_C))
 
@@ -116,7 +116,7 @@ def sum_members(
       sums = _weighted_sums(c_CxQ, rows)
       return own_rows(jax.lax.psum(sums, NODE) if mesh.shape[NODE] > 1 else sums, num_padded // mesh.shape[NODE])
 
-    return jax.tree.map(lambda leaf: _by_layer(one, leaf, leaf.ndim > 3 or coefficients.ndim > 2), tree)
+    return jax.tree.map(lambda leaf: by_layer(one, leaf, leaf.ndim > 3 or coefficients.ndim > 2), tree)
 
   return on_devices(total, mesh)(tree_C, coefficients)
 
@@ -146,7 +146,7 @@ def own_rows(rows: jax.Array, share: int) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(NODE) * share, share)
 
 
-def _by_layer(function: Callable[[jax.Array, Any], jax.Array], leaf: jax.Array, is_stack: bool) -> jax.Array:
+def by_layer(function: Callable[[jax.Array, Any], jax.Array], leaf: jax.Array, is_stack: bool) -> jax.Array:
   """Applies a function of rows to stacked layers `[rows, M, ...]` one after the other, to anything else at once."""
   if not is_stack:
     return function(leaf, None)

@@ -26,7 +26,7 @@ def score(engine: engine_lib.Engine, state: state_lib.State, texts: Texts, windo
   """
   federation = engine.federation
   paths = [member.path for member in federation.subtree(federation.levels[0][0].path)]
-  corpora = [path for path in paths if path in texts.held]
+  corpora = [path for path in paths if path in texts.held and not federation.by_path[path].moved_from]
   width = engine.config.data.sequence_length + 1
   given = distributed.gather_arrays({
     path: Evaluation([text.test], windows, width).arrays()[0][0] for path, text in texts.here.items()

@@ -5,6 +5,7 @@ masked or jitted (but for the gradient), and all sums over parameters run in Num
 to understand the algorithm; the tests hold `worldlm_jax.engine` against it on random trees.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from worldlm_jax import local, model, oracle_privacy, plain, schedule
+from worldlm_jax import attendance, local, model, oracle_guards, oracle_privacy, plain, schedule
 from worldlm_jax.config import Config, OptimizerConfig
 from worldlm_jax.exchange import backbone as backbone_lib, relevance, trust
 from worldlm_jax.federation import Federation, Member
-from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared
+from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared, attended_updates
 from worldlm_jax.plain import Layers
 from worldlm_jax.privacy import policy
 
@@ -32,7 +33,7 @@ class Oracle:
     federation: the resolved tree.
     arch: the model.
     params: the initial parameters of every node.
-    batch: (path, step) -> int32 `[B, W]`, the windows of a node's optimizer step.
+    batch: (identity, step) -> int32 `[B, W]`, the windows of a node's optimizer step.
     learning_rate: (path, step) -> the rate of a node's optimizer step.
     text_tokens: path -> how much text a node with data has.
     validation: path -> int32 `[E, W]`, the validation batches of nodes that have one.
@@ -73,9 +74,8 @@ class Oracle:
       node.withheld = zeros
     for member in federation.members:
       self.nodes[member.path].clip = member.settings.privacy_clip
-    self.children: dict[str, list[Member]] = {m.path: [] for m in federation.members}
-    for member in federation.members[1:]:
-      self.children[str(member.parent)].append(member)
+    self.children = federation.members_of
+    self.attends = attendance.Attendance(config.seed, federation)
 
   def params(self, path: str) -> model.Params:
     """A node's parameters, as the engine holds them."""
@@ -92,10 +92,12 @@ class Oracle:
     return jax.tree.map(lambda own, p: jnp.float32(p + t * plain.minus(own, p)), self.params(path), above)
 
   def round(self, index: int, stage: int | None = None, absent: Collection[str] = ()) -> None:
-    """One round of the root; arguments as in `schedule.round_steps`."""
-    self.index, self.stage, self.absent = index, stage, absent
-    if self.federation.root.path not in absent:
-      self.fit(self.federation.members[0], None, True, {})
+    """One round of the root; `absent` are lost before training, whatever the settings say."""
+    self.index, self.stage, self.attends.absent = index, stage, absent
+    for before, after in self.federation.moves(index):
+      self.nodes[after] = copy.deepcopy(self.nodes[before])
+      self.nodes[after].heard = False
+    self.fit(self.federation.members[0], None, True, {})
 
   def fit(self, q: Member, parent: Member | None, first_repeat: bool, last: dict[str, Shared]) -> None:
     """One round at node q: down-phase, training, its children's rounds, up-phase.
@@ -106,7 +108,7 @@ class Oracle:
     node, settings = self.nodes[q.path], q.settings
     if parent is not None:
       above = self.nodes[parent.path]
-      if node.fresh and first_repeat and node.relevance == relevance.UNKNOWN:
+      if node.fresh and node.heard and first_repeat and node.relevance == relevance.UNKNOWN:
         self._measure_relevance(q, parent)
       known = jnp.float32(node.relevance), jnp.float32(self.epochs[q.path])
       now = jnp.int32(self.index), jnp.int32(self.num_rounds)
@@ -129,7 +131,7 @@ class Oracle:
     node.trained = node.fresh = False
     level = len(self.federation.ancestors[q.path]) - 1
     trains = schedule.trains(self.federation, level)[[m.path for m in self.federation.levels[level]].index(q.path)]
-    if trains and self.stage in (None, level):
+    if trains and attendance.has_data(q, self.index) and self.stage in (None, level):
       self._train(q)
       if parent is not None and settings.trust == "validated" and q.path in self.validation:
         losses = {t: self._loss(q, self.used(q.path, t)) for t in trust.TRUSTS}
@@ -137,19 +139,30 @@ class Oracle:
     if self.stage == level or not self.children[q.path]:
       return
     for repeat in range(1 if parent is None else settings.rounds_per_parent_round):
-      here = [c for c in self.children[q.path] if not set(self.federation.ancestors[c.path]) & set(self.absent)]
+      turnout = self.attends.next(q.path, self.index)
       shared = {m.path: self.nodes[m.path].shared() for m in self.federation.subtree(q.path)[1:]}
-      for child in here:
-        self.fit(child, q, repeat == 0, shared)
+      for child in self.children[q.path]:
+        if child.path in turnout.there:
+          self.fit(child, q, repeat == 0, shared)
+          if self.rounds:
+            self.edge.send(self.nodes[child.path])
+      arrived = {path: self.nodes[path] for path in turnout.arrived if self.nodes[path].fresh}
+      rejected = oracle_guards.rejected(
+        self.config.guards, {path: (child.backbone_update, child.update) for path, child in arrived.items()}
+      )
+      for child in self.children[q.path]:
+        self.nodes[child.path].heard = child.path in turnout.arrived and child.path not in rejected
+      here = [c for c in self.children[q.path] if self.nodes[c.path].heard]
       if any(self.nodes[c.path].weight for c in here):
-        self._merge(q, here)
+        self._merge(q, here, [turnout.arrived[c.path] for c in here])
 
   def _measure_relevance(self, q: Member, parent: Member) -> None:
     """The cosine of the node's first update with everybody else's mean, seen in the model that it is handed next."""
     node, above = self.nodes[q.path], self.nodes[parent.path]
     own, update = plain.flat(node.known()), plain.flat((node.backbone_update, node.update))
     moved = plain.flat((above.backbone, above.key_layers)) - (own - update)
-    share = self.text_tokens.get(q.path, 0) / sum(self.text_tokens.values())
+    total = sum(self.text_tokens.get(m.path, 0) for m in self.federation.members if not m.moved_from)
+    share = self.text_tokens.get(q.path, 0) / total
     node.relevance = plain.cosine(update, moved - share * update)
 
   def _train(self, q: Member) -> None:
@@ -159,7 +172,7 @@ class Oracle:
     if self.config.optimizer.moments == "reset":
       node.opt_state = local.optimizer(self.config.optimizer).init(params)
     for step in range(settings.local_steps):
-      windows = self.batch(q.path, node.step)[: settings.batch_size]
+      windows = self.batch(q.identity, node.step)[: settings.batch_size]
       rates = self.learning_rate(q.path, node.step), settings.clip_norm, settings.weight_decay
       gradient = oracle_privacy.example_gradient(self._one_gradient, q, node, self.seed, params, windows, step)
       params, node.opt_state = self._step(params, node.opt_state, windows, *rates, gradient)
@@ -180,7 +193,8 @@ class Oracle:
   def _attend_down(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> None:
     node, above, keys = self.nodes[q.path], self.nodes[parent.path], self.config.key_layers
     updates, (_, own), (_, parents) = keys.values == "updates", node.known(), node.handed
-    query = self._query(own, node.update, parents)
+    update = node.update if node.heard else plain.scaled(node.update, 0.0)  # of which its parent knows
+    query = self._query(own, update, parents)
     pool = self._pool(q, parent, first_repeat, last) if keys.residuals_per_layer and keys.residuals_received else []
     node.received = []
     for i in range(self.num_layers):
@@ -196,9 +210,8 @@ class Oracle:
       others = [above.update] if above.trained and first_repeat else []
       siblings = [c.path for c in self.children[parent.path] if c.path != q.path]
       others += [last[path].update for path in siblings if last[path].fresh]
-      addition, _ = self._attend_updates(node.update, [
-        [plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)
-      ])
+      candidates = [[plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)]
+      addition = attended_updates(keys, self._units(), update, candidates)
       if self.rounds:
         addition = self.edge.added(node, addition)
       own = node.key_layers
@@ -215,19 +228,14 @@ class Oracle:
         mixed = own  # by any cosine a node is most like itself
     node.key_layers = self._accept(q, own, mixed, node.backbone)
 
-  def _merge(self, p: Member, here: list[Member]) -> None:
+  def _merge(self, p: Member, here: list[Member], counts: list[float]) -> None:
+    """Merges members, each of which counts a part of its weight."""
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
-    if self.rounds:
-      for member in members:
-        self.edge.send(member)
     uniform = self.config.backbone.weights == "uniform"
-    weights = [float(m.weight > 0) if uniform else m.weight for m in members]
+    weights = [a * (float(m.weight > 0) if uniform else m.weight) for a, m in zip(counts, members, strict=True)]
     own_weight = (1.0 if uniform else node.own_weight) if node.trained else 0.0
     shares = [w / (sum(weights) + own_weight) for w in weights]
-    mean = jax.tree.map(
-      lambda own, *theirs: sum(w * np.float64(t) for w, t in zip(shares, theirs, strict=True)) + np.zeros(own.shape),
-      node.backbone, *[m.backbone_update for m in members],
-    )
+    mean = oracle_guards.combined(self.config.backbone, [m.backbone_update for m in members], shares)
     noise = None
     if self.noises_means:
       like = oracle_privacy.as_update(self.structure, self.shapes, mean, node.key_layers)
@@ -239,15 +247,17 @@ class Oracle:
     moved = jax.tree.map(plain.minus, node.backbone, before)
     node.backbone_update = jax.tree.map(np.add, node.backbone_update, moved)
     if self.num_layers:
-      self._merge_key_layers(p, here, shares, noise)
-    node.weight += sum(m.weight for m in members)
+      self._merge_key_layers(p, here, shares, weights, noise)
+    node.weight += sum(a * m.weight for a, m in zip(counts, members, strict=True))
     node.fresh = node.fresh or any(m.weight for m in members)
 
-  def _merge_key_layers(self, p: Member, here: list[Member], shares: list[float], noise: Any) -> None:
+  def _merge_key_layers(
+    self, p: Member, here: list[Member], shares: list[float], weights: list[float], noise: Any
+  ) -> None:
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
     keys = self.config.key_layers
     if keys.values == "updates":
-      mean = plain.combine([m.update for m in members], shares)
+      mean = oracle_guards.combined(self.config.backbone, [m.update for m in members], shares)
       mean = mean if noise is None else plain.combine([mean, self._to_lists(noise["key_layers"])], [1.0, 1.0])
       mixed = plain.combine([node.key_layers, mean], [1.0, 1.0])
       shown = [(c, m.update) for c, m in zip(here, members, strict=True) if m.fresh]
@@ -259,13 +269,13 @@ class Oracle:
       base = node.update if node.trained else plain.scaled(node.update, 0.0)
       shown = [(c, m.known()[1]) for c, m in zip(here, members, strict=True)]
       own = [node.key_layers] if node.trained else []
-      prior = [node.own_weight] * len(own) + [m.weight for m in members]
-      mixed, weights = self._attend_layers(
+      prior = [node.own_weight] * len(own) + weights
+      mixed, used = self._attend_layers(
         p, node.key_layers, *self._query(node.key_layers, base, plain.combine([node.key_layers, base], [1.0, -1.0])),
         [[plain.layer(o, i) for o in own + [layers for _, layers in shown]] for i in range(self.num_layers)],
         None if keys.prior == "uniform" else prior, p.settings.up_temperature, node.backbone,
       )
-      use = [w[len(own) :] for w in weights]
+      use = [w[len(own) :] for w in used]
     node.sent = []
     if p.parent is not None and len(shown) + node.trained > 1:
       for i in range(self.num_layers):
@@ -291,7 +301,10 @@ class Oracle:
   def _pool(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> list[Residual]:
     """Residual layers on this side of the tree that q may get."""
     updates = self.config.key_layers.values == "updates"
-    found = [r for path, shared in last.items() if not self.federation.is_within(path, q.path) for r in shared.sent]
+    found = [
+      r for path, shared in last.items() if not self.federation.is_within(path, q.path)
+      and all(last[p].heard for p in self.federation.ancestors[path] if p in last) for r in shared.sent
+    ]
     from_above = [] if updates and not first_repeat else self.nodes[parent.path].received
     return [r for r in found + from_above if not updates or r.round >= self.index - 1]
 
@@ -341,32 +354,6 @@ class Oracle:
             result[t][i] = sum(w_s * c[t] for w_s, c in zip(w, candidates[i], strict=True)) if w.any() else own[t][i]
             weights[i][t] = w
     return result, [w.mean(axis=0) for w in weights]
-
-  def _attend_updates(
-    self, own: Layers, candidates: list[list[list[np.ndarray]]]
-  ) -> tuple[Layers, list[np.ndarray]]:
-    """What to add to layers that already hold `own`, and per layer the cosines `[S]`, averaged over tensors."""
-    keys = self.config.key_layers
-    result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
-    cosines = [np.zeros((len(self.shapes), len(c))) for c in candidates]
-    for unit in self._units():
-      direction = np.concatenate([own[t][i] for t, i in unit])
-      steps = {(t, i): own[t][i] for t, i in unit}
-      for t, i in unit:
-        for s, candidate in enumerate(candidates[i]):
-          # With granularity "all", a candidate's missing layers count as zeros.
-          theirs = np.concatenate([
-            candidates[j][s][u] if s < len(candidates[j]) else 0 * own[u][j] for u, j in unit
-          ])
-          cosines[i][t, s] = plain.cosine(direction, theirs)
-          beta = keys.update_strength * bool(direction.any()) * max(0.0, cosines[i][t, s] - keys.update_threshold)
-          steps[t, i] = steps[t, i] + beta * candidate[t]
-      step_vector = np.concatenate([steps[t, i] for t, i in unit])
-      own_norm, step_norm = np.linalg.norm(direction), np.linalg.norm(step_vector)
-      scale = min(1.0, keys.update_norm_cap * own_norm / step_norm) if own_norm and step_norm else 1.0
-      for t, i in unit:
-        result[t][i] = scale * steps[t, i] - own[t][i]
-    return result, [c.mean(axis=0) for c in cosines]
 
   def _units(self) -> list[list[tuple[int, int]]]:
     """What attention treats as one: lists of (tensor, layer)."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldlm_jax import plain
+from worldlm_jax.config import KeyLayerConfig
 from worldlm_jax.exchange import relevance
 from worldlm_jax.plain import Layers
 
@@ -35,6 +36,7 @@ class Shared(NamedTuple):
   update: Layers
   fresh: bool
   sent: list[Residual]
+  heard: bool  # whether all this has come in at its federation
 
 
 @dataclasses.dataclass
@@ -54,6 +56,7 @@ class NodeState:
   trust: float = 1.0
   trained: bool = False
   fresh: bool = False
+  heard: bool = True
   handed: Any = None  # the parent's backbone and key layers, as they arrived
   errors: Any = None  # what has not arrived of the updates of both
   addition_error: Any = None  # nor of what the parent added to the key layers
@@ -66,7 +69,7 @@ class NodeState:
 
   def shared(self) -> Shared:
     """What others may see of the node now."""
-    return Shared(self.update, self.fresh, self.sent)
+    return Shared(self.update, self.fresh and self.heard, self.sent, self.heard)
 
   def known(self) -> tuple[Any, Layers]:
     """Backbone and key layers, as others know them."""
@@ -121,6 +124,31 @@ class Edge(NamedTuple):
       [rounded(layer, width, self.kind) for layer in tensor] for tensor, width in zip(wanted, self.widths, strict=True)
     ]
     return arrived, plain.combine([wanted, arrived], [1.0, -1.0])
+
+
+def attended_updates(
+  keys: KeyLayerConfig, units: list[list[tuple[int, int]]], own: Layers, candidates: list[list[list[np.ndarray]]]
+) -> Layers:
+  """What to add to layers that already hold `own`: attention over updates, `units` of (tensor, layer) at a time."""
+  result: Layers = [[np.empty(0)] * len(tensor) for tensor in own]
+  for unit in units:
+    direction = np.concatenate([own[t][i] for t, i in unit])
+    steps = {(t, i): own[t][i] for t, i in unit}
+    for t, i in unit:
+      for s, candidate in enumerate(candidates[i]):
+        # With granularity "all", a candidate's missing layers count as zeros.
+        theirs = np.concatenate([
+          candidates[j][s][u] if s < len(candidates[j]) else 0 * own[u][j] for u, j in unit
+        ])
+        agreement = plain.cosine(direction, theirs) - keys.update_threshold
+        beta = keys.update_strength * bool(direction.any()) * max(0.0, agreement)
+        steps[t, i] = steps[t, i] + beta * candidate[t]
+    step_vector = np.concatenate([steps[t, i] for t, i in unit])
+    own_norm, step_norm = np.linalg.norm(direction), np.linalg.norm(step_vector)
+    scale = min(1.0, keys.update_norm_cap * own_norm / step_norm) if own_norm and step_norm else 1.0
+    for t, i in unit:
+      result[t][i] = scale * steps[t, i] - own[t][i]
+  return result
 
 
 def rounded(x: np.ndarray, width: int, kind: str) -> np.ndarray:

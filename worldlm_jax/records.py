@@ -1,7 +1,7 @@
 """What is written about a round: one row per node, with who it took from and what its edges carried."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from worldlm_jax import schedule, state as state_lib, trees
 from worldlm_jax.config import Config, KeyLayerConfig, Source, Synthetic
 from worldlm_jax.data import compression, synthetic
 from worldlm_jax.data.batches import NodeText
-from worldlm_jax.exchange import payload as payload_lib
+from worldlm_jax.exchange import guards, payload as payload_lib
 from worldlm_jax.federation import Federation
 from worldlm_jax.scoring import Score
 
@@ -31,6 +31,30 @@ def add_training(row: dict[str, Any], losses_nats: np.ndarray) -> None:
   mean = (row.get("loss_nats", 0.0) * before + float(np.sum(losses_nats))) / (before + len(losses_nats))
   row |= {"steps": before + len(losses_nats), "loss_nats": mean, "loss_nats_last": float(losses_nats[-1])}
   row.setdefault("loss_nats_first", float(losses_nats[0]))
+
+
+def add_turnouts(rows: Rows, step: schedule.Step) -> None:
+  """Adds to the members' rows what kept them from taking part in time, and how often; and how late their updates are.
+
+  A late update that is merged shows with what it counts.
+  """
+  for _, turnout in step.turnouts:
+    for path, what in turnout.happened.items():
+      counts = rows[path].setdefault("turnout", {})
+      counts[what] = counts.get(what, 0) + 1
+      if path in turnout.rounds_late:
+        rows[path]["rounds_late"] = turnout.rounds_late[path]
+        rows[path]["counts"] = turnout.arrived.get(path, 0.0)
+
+
+def turnout_totals(rounds: Sequence[Sequence[schedule.Step]]) -> dict[str, dict[str, int]]:
+  """What kept members from taking part in time, and how often in the whole run, by path."""
+  found: dict[str, dict[str, int]] = {}
+  for turnout in (turnout for steps in rounds for step in steps for _, turnout in step.turnouts):
+    for path, what in turnout.happened.items():
+      counts = found.setdefault(path, {})
+      counts[what] = counts.get(what, 0) + 1
+  return found
 
 
 def score_record(score: Score, bytes_per_token: float) -> dict[str, float]:
@@ -137,6 +161,8 @@ class Exchanges:
       if not active[i] or member.parent is None:
         continue
       row = rows[member.path]
+      if "refused" in log and np.asarray(log["refused"])[i]:
+        row["refused"] = f"the model of {member.parent} is not finite"
       origins = np.asarray(log["routed_origin"])[i] if "routed_origin" in log else np.zeros((0, 0), int)
       forwards = not self._over_updates or self._federation.is_federation(level)[i]
       row["bytes_down"] += int((origins >= 0).sum()) * self._bytes.residual_layer * bool(forwards)
@@ -178,6 +204,8 @@ class Exchanges:
         if federation.parents[level + 1][c] == i and members_active[c]:
           residual_bytes = self._residuals_below(child.path, present) * self._bytes.residual_layer
           rows[child.path]["bytes_up"] += self._bytes.backbone + self._bytes.key_layers + residual_bytes
+          if verdict := int(np.asarray(log["verdict"])[c]) if "verdict" in log else 0:
+            rows[child.path].setdefault("rejected", []).append(guards.VERDICTS[verdict])
       if "weights" in log:
         own = [] if self._over_updates else [["self"]]
         names = own + [
@@ -205,6 +233,7 @@ def summary(
   federation: Federation, tokens: Mapping[str, int], sent: Mapping[str, list[int]],
   received: Mapping[str, dict[str, float]], personalised: Mapping[str, dict[str, float]], seconds: Mapping[str, float],
   data: Mapping[str, dict[str, Any]], baselines: Mapping[str, int] | None = None,
+  turnouts: Mapping[str, dict[str, int]] | None = None, rejected: Mapping[str, dict[str, int]] | None = None,
 ) -> dict[str, Any]:
   """The content of summary.json, from what is known of each node by path.
 
@@ -217,6 +246,8 @@ def summary(
     seconds: by activity.
     data: what the nodes' texts hold.
     baselines: what other ways to train would send; see `baseline_bytes`.
+    turnouts: see `turnout_totals`.
+    rejected: why a node's updates were rejected, and how often.
   """
   own = dict(received) | dict(personalised)
   # What the nodes below a pool train on is the same text once more, to personalise its model.
@@ -227,8 +258,12 @@ def summary(
     entry: dict[str, Any] = {"tokens": tokens.get(member.path, 0), "bytes_down": down, "bytes_up": up}
     if member.path in received:
       entry |= {"received": received[member.path], "personalised": own[member.path], "data": data[member.path]}
+    for name, found in (("turnout", turnouts), ("rejected", rejected)):
+      if found and member.path in found:
+        entry[name] = found[member.path]
     below = [m.path for m in federation.subtree(member.path) if m.path in received]
-    entry["subtree"] = {"received": _mean_and_worst(below, received), "personalised": _mean_and_worst(below, own)}
+    if below:  # not so where all have moved away
+      entry["subtree"] = {"received": _mean_and_worst(below, received), "personalised": _mean_and_worst(below, own)}
     nodes[member.path] = entry
   down, up = (sum(entry[way] for entry in nodes.values()) for way in ("bytes_down", "bytes_up"))
   against = {

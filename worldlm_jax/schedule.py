@@ -14,12 +14,15 @@ times per round of its parent (HierFAVG's kappa, arXiv:1905.06641). Sequential s
 hands down and merges, and what lies below it waits.
 """
 
+import collections
 import math
-from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from worldlm_jax import attendance
 from worldlm_jax.config import Config
 from worldlm_jax.federation import Federation, Member
 
@@ -31,11 +34,20 @@ class Step(NamedTuple):
   level: int
   active: np.ndarray  # bool [N]: the nodes of the level that take part
   first_repeat: bool  # whether this is the first of the repeats within the parent's round
+  heard: Mapping[int, np.ndarray] | None = None  # of a down-phase: see `heard_below`; None: of everybody
+  arrived: np.ndarray | None = None  # of an up-phase, float32 [C]: what updates from below count; None: 1
+  turnouts: tuple[tuple[str, attendance.Turnout], ...] = ()  # of an up-phase: of the federations, by path
 
 
 def trains(federation: Federation, level: int) -> np.ndarray:
   """Which nodes of a level train: those with data and local steps. bool `[N]`."""
   return np.array([m.trains for m in federation.levels[level]])
+
+
+def present(federation: Federation, level: int, round_index: int) -> np.ndarray:
+  """Which nodes of a level are in the tree in a round of the root, with all above them. bool `[N]`."""
+  above = [[federation.by_path[p] for p in federation.ancestors[m.path]] for m in federation.levels[level]]
+  return np.array([all(attendance.is_member(m, round_index) for m in nodes) for nodes in above])
 
 
 def stages(federation: Federation, schedule: str) -> list[int | None]:
@@ -46,43 +58,81 @@ def stages(federation: Federation, schedule: str) -> list[int | None]:
 
 
 def round_steps(
-  federation: Federation, stage: int | None, absent: Collection[str] = (), *, personalise: bool = False
+  federation: Federation, stage: int | None, attends: attendance.Everybody | None = None,
+  round_index: int | None = None, *, personalise: bool = False,
 ) -> list[Step]:
   """The steps of one round of the root.
 
   Args:
     federation: the tree.
     stage: the one level that trains, or None for all.
-    absent: paths of nodes that take no part in this round; all below them takes none either.
+    attends: who takes part in which round of a federation; all below those who do not takes no part either. None:
+      everybody does.
+    round_index: which round of the root it is; None: one in which whoever ever is a member is one.
     personalise: where the root trains for all (`federation.pooled`), the nodes below only receive its model; whether
       they also make steps of their own from it, before it trains.
   """
-  present = [
-    np.array([not any(federation.is_within(m.path, gone) for gone in absent) for m in level])
-    for level in federation.levels
-  ]
+  attends = attends or attendance.Everybody(federation)
+  present = [np.ones(len(level), bool) for level in federation.levels]
 
-  def visit(level: int, active: np.ndarray, first_repeat: bool) -> Iterator[Step]:
-    yield Step("down", level, active, first_repeat)
-    training = active & trains(federation, level)
+  def visit(level: int, active: np.ndarray, first_repeat: bool, heard: Mapping[int, np.ndarray]) -> Iterator[Step]:
+    yield Step("down", level, active, first_repeat, heard)
+    has_data = np.array([attendance.has_data(m, round_index) for m in federation.levels[level]])
+    training = active & has_data & trains(federation, level)
     if stage in (None, level) and training.any():
       yield Step("train", level, training, first_repeat)
     if level + 1 == len(federation.levels) or stage == level:
       return
     heads = active & federation.is_federation(level)
-    members = federation.levels[level]
-    repeats = np.array([1 if m.parent is None else m.settings.rounds_per_parent_round for m in members])
+    repeats = np.array([
+      1 if m.parent is None else m.settings.rounds_per_parent_round for m in federation.levels[level]
+    ])
     for repeat in range(max(repeats[heads], default=0)):
-      running = heads & (repeats > repeat)
-      members = running[federation.parents[level + 1]] & present[level + 1]
-      yield from visit(level + 1, members, repeat == 0)
-      yield Step("up", level, running, first_repeat)
+      running, heard = heads & (repeats > repeat), heard_below(federation, level, attends)
+      turnouts = tuple((m.path, attends.next(m.path, round_index)) for m in compress(federation.levels[level], running))
+      there = frozenset[str]().union(*(turnout.there for _, turnout in turnouts))
+      arrived = collections.ChainMap(*(dict(turnout.arrived) for _, turnout in turnouts))
+      below = [m.path for m in federation.levels[level + 1]]
+      if there:
+        yield from visit(level + 1, np.array([path in there for path in below]), repeat == 0, heard)
+      counts = np.array([arrived.get(path, 0.0) for path in below], np.float32)
+      yield Step("up", level, running, first_repeat, None, counts, turnouts)
 
   if federation.is_pooled:
     own = [Step("train", 1, present[1] & trains(federation, 1), True)] if personalise else []
     return [Step("down", 0, present[0], True), Step("down", 1, present[1], True), *own,
             Step("train", 0, present[0], True)]
-  return list(visit(0, present[0], True))
+  return list(visit(0, present[0], True, {}))
+
+
+def heard_below(
+  federation: Federation, level: int, attends: attendance.Everybody
+) -> dict[int, np.ndarray]:
+  """By level j below `level`, whose last update (or residual layers) has come up to `level`: bool `[N_j]`."""
+  found, above = dict[int, np.ndarray](), np.ones(len(federation.levels[level]), bool)
+  for j in range(level + 1, len(federation.levels)):
+    own = np.array([attends.is_heard(m.path) for m in federation.levels[j]])
+    found[j] = above = own & above[federation.parents[j]]
+  return found
+
+
+def whole_run(config: Config, federation: Federation) -> list[list[Step]]:
+  """The steps of every round, with those who take part in it."""
+  attends = None if federation.is_pooled else attendance.Attendance(config.seed, federation)
+  found: list[list[Step]] = []
+  for stage in stages(federation, config.schedule):
+    for index in range(config.rounds):
+      personalise = index == config.rounds - 1 or config.evaluation.personalised == "best"
+      found.append(round_steps(federation, stage, attends, len(found), personalise=personalise))
+  return found
+
+
+def last_trainings(federation: Federation, rounds: Sequence[Sequence[Step]]) -> dict[str, int]:
+  """By path, the last round in which a node trains."""
+  return {
+    m.path: index for index, steps in enumerate(rounds) for step in steps if step.kind == "train"
+    for m in compress(federation.levels[step.level], step.active)
+  }
 
 
 def evaluations(federation: Federation, steps: list[Step]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -103,14 +153,28 @@ def evaluations(federation: Federation, steps: list[Step]) -> tuple[list[np.ndar
   return received, personalised
 
 
-def steps_per_round(federation: Federation, stage: int | None) -> dict[str, int]:
-  """How many optimizer steps each node makes in a round in which everybody takes part, and personalises."""
+def steps_per_round(federation: Federation, stage: int | None, round_index: int | None = None) -> dict[str, int]:
+  """How many optimizer steps each node makes in a round in which everybody takes part, and personalises.
+
+  In a given round of the root, everybody are the members of then who have something to train on.
+  """
   count = {member.path: 0 for member in federation.members}
-  for step in round_steps(federation, stage, personalise=True):
+  for step in round_steps(federation, stage, None, round_index, personalise=True):
     if step.kind == "train":
       for member, active in zip(federation.levels[step.level], step.active, strict=True):
         count[member.path] += int(active) * member.settings.local_steps
   return count
+
+
+def planned_steps(config: Config, federation: Federation) -> Iterator[dict[str, int]]:
+  """`steps_per_round` of each round of the run, for those who are members then and have something to train on."""
+  known: dict[Any, dict[str, int]] = {}
+  for place, stage in enumerate(stages(federation, config.schedule)):
+    for index in range(place * config.rounds, (place + 1) * config.rounds):
+      now = tuple((attendance.is_member(m, index), attendance.has_data(m, index)) for m in federation.members)
+      if (stage, now) not in known:
+        known[stage, now] = steps_per_round(federation, stage, index)
+      yield known[stage, now]
 
 
 def epochs(config: Config, federation: Federation, text_tokens: Mapping[str, int]) -> list[np.ndarray]:
@@ -118,12 +182,12 @@ def epochs(config: Config, federation: Federation, text_tokens: Mapping[str, int
 
   `text_tokens` says by path how much text there is. Nodes that do not train have no way of their own to go: inf.
   """
-  tokens = dict.fromkeys(text_tokens, 0)
-  for stage in stages(federation, config.schedule):
-    for path, count in steps_per_round(federation, stage).items():
-      if path in tokens:
-        windows = config.rounds * count * federation.by_path[path].settings.batch_size
-        tokens[path] += windows * config.data.sequence_length
+  seen_by = dict.fromkeys((federation.by_path[path].identity for path in text_tokens), 0)
+  for planned in planned_steps(config, federation):
+    for member in (federation.by_path[path] for path in text_tokens):
+      windows = planned[member.path] * member.settings.batch_size
+      seen_by[member.identity] += windows * config.data.sequence_length
+  tokens = {path: seen_by[federation.by_path[path].identity] for path in text_tokens}
 
   def seen(member: Member) -> float:
     if not member.trains:

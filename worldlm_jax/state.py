@@ -46,6 +46,20 @@ def news(level: LevelState) -> trees.PyTree:
   return trees.where(level.fresh, level.update, trees.zeros_like(level.update))
 
 
+def with_copied(level: LevelState, source: LevelState, to: jax.Array, row: jax.Array) -> LevelState:
+  """A level whose row `to` holds what row `row` of another one does.
+
+  What the other one does not have, such as a server optimizer where there are no federations, stays as it is.
+  """
+
+  def copied(own: trees.PyTree, theirs: trees.PyTree) -> trees.PyTree:
+    if jax.tree.structure(own) != jax.tree.structure(theirs):
+      return own
+    return jax.tree.map(lambda mine, other: mine.at[to].set(other[row]), own, theirs)
+
+  return LevelState(*map(copied, level, source))
+
+
 class Topology(NamedTuple):
   """How the nodes of one level are related, as index arrays; N and S include ghosts and padding."""
 

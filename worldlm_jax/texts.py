@@ -62,17 +62,18 @@ def load(
     OSError: the cache of tokenised texts cannot be written.
   """
   own = {
-    m.path for level in federation.levels
+    m.identity for level in federation.levels
     for m, mine in zip(level, partition.own_nodes(len(level), mesh), strict=True) if mine
   }
   pooled = federation.root.pools if federation.root.path in own else ()
-  sources = [(m.path, m.data) for m in federation.members if m.path in own.union(pooled) and m.data is not None]
-  limits = {m.path: m.settings.max_train_bytes for m in federation.members}
+  members = [m for m in federation.members if not m.moved_from]
+  sources = [(m.path, m.data) for m in members if m.path in own.union(pooled) and m.data is not None]
+  limits = {m.path: m.settings.max_train_bytes for m in members}
   with distributed.agreed():
     here = batches.load(sources, config.data, tokenizer, say, limits)
     texts = {path: text.text for path, text in here.items()}
     compressed = compression.references(texts, tokenizer, say)
-    data = {m.path: m.data for m in federation.members if m.data is not None}
+    data = {m.path: m.data for m in members if m.data is not None}
     facts = {
       path: {
         "digest": text.digest, "lossless": text.text.lossless,
@@ -83,7 +84,7 @@ def load(
     }
   said = distributed.gather([sorted(own), facts])
   others = set().union(*(nodes for nodes, _ in said[: jax.process_index()]))
-  known = {m.path: next(f[m.path] for _, f in said if m.path in f) for m in federation.members if m.data is not None}
+  known = {m.path: next(f[m.path] for _, f in said if m.path in f) for m in members if m.data is not None}
   scored = [(path, split) for path in known for split in ("valid", "test")]
   hashes = distributed.gather_arrays({
     f"{path} {split}": texts[path].splits[split].hashes for path, split in scored if path in texts
@@ -97,6 +98,10 @@ def load(
     say(line)
   if lossy := [path for path, fact in known.items() if not fact["lossless"]]:
     say(f"warning: the tokenizer loses some of the text of {', '.join(lossy)}: no bits per byte there")
+  # The same text, wherever its node is.
+  with_text = [m for m in federation.members if m.data is not None]
+  here = {m.path: here[m.identity] for m in with_text if m.identity in here}
+  known = {m.path: known[m.identity] for m in with_text}
   digests, bytes_per_token, held, fair = (
     {path: fact[name] for path, fact in known.items()} for name in ("digest", "bytes_per_token", "held", "fairness")
   )

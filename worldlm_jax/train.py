@@ -91,16 +91,13 @@ class _Run:
     )
     abstract = self.engine.abstract_state()
     self._claim(overwrite, trees.num_bytes(abstract))
-    self.rounds = [
-      (stage, index == config.rounds - 1)
-      for stage in schedule.stages(self.federation, config.schedule) for index in range(config.rounds)
-    ]
-    for stage, _ in self.rounds[:: config.rounds]:
-      places = len(schedule.round_steps(self.federation, stage))
-      checks.require(places < PLACES_PER_ROUND, "rounds_per_parent_round", places, f"fewer than {PLACES_PER_ROUND} "
-                     "phases in one round of the root", "repeat less often further down the tree")
-    planned = [self._planned(index) for index in range(len(self.rounds))]
-    self.spending = spending_lib.Spending(config, self.federation, self.texts, bool(algorithm.shares), planned)
+    rounds = schedule.whole_run(config, self.federation)
+    places = max(map(len, rounds))
+    checks.require(places < PLACES_PER_ROUND, "rounds_per_parent_round", places, f"fewer than {PLACES_PER_ROUND} "
+                   "phases in one round of the root", "repeat less often further down the tree")
+    self.spending = spending_lib.Spending(config, self.federation, self.texts, bool(algorithm.shares), rounds)
+    self.rounds = self.spending.rounds
+    self.last_trainings = schedule.last_trainings(self.federation, self.rounds)
     self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint, self.federation)
     self.valid = self.texts.evaluations("valid", config.evaluation.valid_windows, length)
     self.test = self.texts.evaluations("test", config.evaluation.test_windows, length)
@@ -120,8 +117,8 @@ class _Run:
       self.checkpoints.close()
       return json.loads(summary.read_text(encoding="utf-8"))
     feed = feed_lib.Feed(feed_lib.workloads(
-      self.config, self.federation, self.texts.here, self.texts.train_tokens, self.spending.rounds,
-      (now.round, now.step), now.positions,
+      self.config, self.federation, self.texts.here, self.texts.train_tokens, self.rounds, (now.round, now.step),
+      now.positions,
     ))
     if distributed.is_lead():
       self.watchers = watching.Watchers(
@@ -150,10 +147,12 @@ class _Run:
 
   def _round(self, index: int, feed: feed_lib.Feed) -> None:
     """Hands the phases of a round to the devices, and what they will have to say to the ledger."""
-    last, steps = self.rounds[index][1], self.spending.rounds[index]
+    steps = self.rounds[index]
     received_at, personalised_at = schedule.evaluations(self.federation, steps)
     self.ledger.round_begins(index)
     begin = self.ledger.now.step if index == self.ledger.now.round else 0
+    if not begin:
+      self.state = self.engine.move(self.state, self.federation.moves(index))
     for place in range(begin, len(steps)):
       step = steps[place]
       compiling = "" if self.engine.is_compiled(step) else " (compiling)"
@@ -164,7 +163,7 @@ class _Run:
       elif step.kind == "train":
         self._train(index, step, feed)
         self._evaluate(index, "personalised", step.level, personalised_at[place])
-        self._test(step.level, personalised_at[place], last, self.spending.ends(index, place))
+        self._test(index, step.level, personalised_at[place])
       else:
         self._up(index, step)
       self.ledger.phase_ends(place, bool(self.stop.name))
@@ -178,20 +177,13 @@ class _Run:
     if index + 1 < len(self.rounds):
       self._stop_if_told()
 
-  def _planned(self, index: int) -> list[schedule.Step]:
-    """The steps of a round, as long as nobody's privacy budget is spent."""
-    stage, last = self.rounds[index]
-    personalise = last or self.config.evaluation.personalised == "best"
-    return schedule.round_steps(self.federation, stage, personalise=personalise)
-
   def _down(self, index: int, step: schedule.Step) -> None:
     self.state, log = self.engine.down(self.state, step, index)
     self.ledger.down(step, log)
 
   def _up(self, index: int, step: schedule.Step) -> None:
-    members_active = step.active[self.federation.parents[step.level + 1]]
-    self.state, log = self.engine.up(self.state, step, members_active, index)
-    self.ledger.up(step, members_active, log, records.present_residuals(self.state))
+    self.state, log = self.engine.up(self.state, step, index)
+    self.ledger.up(step, log, records.present_residuals(self.state))
 
   def _train(self, index: int, step: schedule.Step, feed: feed_lib.Feed) -> None:
     waited = feed.wait_seconds
@@ -205,16 +197,17 @@ class _Run:
     found = self.engine.score(self.state, level, self.valid[level], mask)
     self.ledger.scored(index, kind, level, self.valid[level], mask, found)
 
-  def _test(self, level: int, mask: np.ndarray, last: bool, ends: np.ndarray) -> None:
-    """Scores personalised models on their test texts: in the last round, or whenever they are better than before.
+  def _test(self, index: int, level: int, mask: np.ndarray) -> None:
+    """Scores personalised models on their test texts: in their nodes' last round, or whenever
+    they are better than before.
 
     `ends` says who trains no more since its privacy budget is spent, for whom this is the last round.
     To know whether they are, it waits for their scores on the valid split.
     """
     if self.config.evaluation.personalised == "best":
       mask = mask & self.ledger.improved(level)
-    elif not last:
-      mask = mask & ends
+    else:
+      mask = mask & np.array([self.last_trainings.get(m.path) == index for m in self.federation.levels[level]])
     if not mask.any():
       return
     self.ledger.tested(level, self.test[level], mask, self.engine.score(self.state, level, self.test[level], mask))
@@ -326,14 +319,16 @@ class _Run:
       self.ledger.clock.lap("evaluating")
     received: dict[str, dict[str, float]] = {}
     for level, members in enumerate(self.federation.levels):
-      everybody = np.ones(len(members), bool)
-      self.state, _ = self.engine.down(self.state, schedule.Step("down", level, everybody, True), len(self.rounds))
+      everybody = np.array([m.path not in self.federation.deserted for m in members])
+      still = schedule.present(self.federation, level, len(self.rounds) - 1)
+      self.state, _ = self.engine.down(self.state, schedule.Step("down", level, still, True), len(self.rounds))
       scores = self.engine.score(self.state, level, self.test[level], everybody)
-      self.ledger.received(level, self.test[level], scores, received)
+      self.ledger.received(level, self.test[level], everybody, scores, received)
     self.ledger.settle()
     found = records.summary(
       self.federation, now.tokens, now.bytes, received, now.test, now.seconds, self.texts.held,
       records.baseline_bytes(self.config, self.federation, model.abstract_params(self.arch)),
+      records.turnout_totals(self.rounds), now.rejected,
     )
     fair = {
       "initial_parameters": fairness.initial_parameters(self.engine.initial_params()),

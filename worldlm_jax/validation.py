@@ -72,6 +72,15 @@ def validate(config: Config) -> None:
   checks.one_of("config.backbone.server_optimizer", config.backbone.server_optimizer, ("sgd", "nesterov", "adam"))
   _positive("config.backbone.server_learning_rate", config.backbone.server_learning_rate)
   _in_range("config.backbone.server_momentum", config.backbone.server_momentum, 0, 1, right_open=True)
+  checks.one_of("config.backbone.aggregate", config.backbone.aggregate,
+                ("mean", "trimmed_mean", "median", "norm_bounded"))
+  checks.require(0 <= config.backbone.trim < 0.5, "config.backbone.trim", config.backbone.trim,
+                 "a share from 0 to 0.5 (exclusive)", "config.backbone.aggregate=median leaves the middle alone")
+  _positive("config.backbone.norm_bound", config.backbone.norm_bound)
+  checks.require(config.guards.norm_ratio >= 1, "config.guards.norm_ratio", config.guards.norm_ratio, "at least 1",
+                 "inf rejects no update for its length")
+  _in_range("config.guards.opposition", config.guards.opposition, 0, 1)
+  checks.one_of("config.guards.failing", config.guards.failing, ("stop", "leave_out"))
   key_layers = config.key_layers
   checks.one_of("config.key_layers.values", key_layers.values, ("layers", "updates"))
   checks.one_of("config.key_layers.similarity", key_layers.similarity, SIMILARITIES)
@@ -172,7 +181,8 @@ def _validate_model(model: ModelConfig) -> None:
 
 def validate_node_settings(settings: NodeSettings, where: str) -> None:
   """Checks one node's settings; `where` names the node in the error."""
-  leasts = {"local_steps": 0, "batch_size": 1, "warmup_steps": 0, "rounds_per_parent_round": 1, "max_train_bytes": 0}
+  leasts = {"local_steps": 0, "batch_size": 1, "warmup_steps": 0, "rounds_per_parent_round": 1, "max_train_bytes": 0,
+            "joins_round": 0, "leaves_round": 0, "loses_data_round": 0, "member_count": 0}
   for name, least in leasts.items():
     _at_least(f"{where}: {name}", getattr(settings, name), least)
   _positive(f"{where}: learning_rate", settings.learning_rate)
@@ -182,6 +192,16 @@ def validate_node_settings(settings: NodeSettings, where: str) -> None:
                  "inf switches clipping off")
   for name in ("down_temperature", "up_temperature", "backbone_independence", "key_layer_independence"):
     _at_least(f"{where}: {name}", getattr(settings, name), 0)
+  for name in ("loss_before", "loss_after", "late_weight", "quorum"):
+    _in_range(f"{where}: {name}", getattr(settings, name), 0, 1)
+  for name in ("step_seconds", "step_seconds_spread"):
+    _in_range(f"{where}: {name}", getattr(settings, name), 0, 1e9)
+  checks.require(0 < settings.member_share <= 1, f"{where}: member_share", settings.member_share,
+                 "a share of the members, above 0 and at most 1", "member_count takes a number of them")
+  checks.require(settings.deadline_seconds > 0, f"{where}: deadline_seconds", settings.deadline_seconds,
+                 "a positive number of seconds", "inf waits for everybody")
+  checks.require(settings.leaves_round == 0 or settings.leaves_round > settings.joins_round, f"{where}: leaves_round",
+                 settings.leaves_round, f"a round after joins_round={settings.joins_round}", "0 stays to the end")
   checks.one_of(f"{where}: trust", settings.trust, ("validated", "full"))
   checks.one_of(f"{where}: acceptance", settings.acceptance, ("always", "validated"))
   _validate_privacy(settings, where)

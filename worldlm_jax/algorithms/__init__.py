@@ -5,6 +5,7 @@ without them the backbone is the whole model), and how its pair of rules is made
 """
 
 import dataclasses
+import math
 from types import ModuleType
 
 from worldlm_jax import checks, model
@@ -36,9 +37,29 @@ def make(config: Config, arch: model.Architecture, federation: Federation) -> Al
   """The pair of rules of the config's algorithm."""
   algorithm: Algorithm = ROWS[config.algorithm].make(config, arch, federation)
   policy.check(config, federation, algorithm.shares)
-  if not algorithm.shares or (config.payload == "float32" and not policy.any_updates(federation)):
+  _check_together(config, federation)
+  algorithm = algorithm._replace(guards=config.guards)
+  judges = _limits(config) or config.backbone.aggregate != "mean" or policy.any_updates(federation)
+  if not algorithm.shares or (config.payload == "float32" and not judges):
     return algorithm
   return algorithm._replace(payload=config.payload, tracks=algorithm.shares)
+
+
+def _limits(config: Config) -> bool:
+  """Whether honest updates might be rejected, too."""
+  return config.guards.norm_ratio < math.inf or config.guards.opposition < 1
+
+
+def _check_together(config: Config, federation: Federation) -> None:
+  """Raises `InputError` where privacy would not be what is claimed for it."""
+  judges = _limits(config) or config.backbone.aggregate != "mean"
+  checks.require(not (judges and policy.any_central(federation)), "node: privacy", "central",
+                 "a plain mean of all members: what one of them does to it is bounded no more where others decide who "
+                 "counts", "set privacy=local, or neither limits in config.guards nor config.backbone.aggregate")
+  for m in federation.members:
+    private = policy.protects_updates(m.settings) or policy.protects_examples(m.settings)
+    checks.require(not (m.moved_from and private), f"node {m.path!r}: privacy", m.settings.privacy,
+                   "'none' at nodes that move: their releases are counted by place")
 
 
 def num_key_layers(config: Config) -> int:

@@ -19,7 +19,7 @@ from worldlm_jax import links, model, trees
 from worldlm_jax.algorithms import acceptance, edges
 from worldlm_jax.algorithms.rules import Ascent, Descent, Log
 from worldlm_jax.config import KeyLayerConfig
-from worldlm_jax.exchange import attend, residuals as residuals_lib, rows
+from worldlm_jax.exchange import attend, residuals as residuals_lib, robust, rows
 from worldlm_jax.exchange.residuals import Residuals
 
 
@@ -47,6 +47,7 @@ class AttendUpdates(NamedTuple):
   config: KeyLayerConfig
   arch: model.Architecture
   any_validated: bool
+  combine: robust.Combine = links.sum_members  # how members' updates become one
 
   def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """The down-phase of a level: see `KeyLayerRule.receive`."""
@@ -178,6 +179,8 @@ class AttendUpdates(NamedTuple):
     )
     sums = jax.tree.map(lambda leaf: leaf.reshape(num_rows, sums_per_node, *leaf.shape[1:]), sums)
     mean = jax.tree.map(lambda leaf: leaf[:, 0], sums)
+    if self.combine is not links.sum_members:
+      mean = self.combine(below.update["key_layers"], ascent.shares, num_rows, topology.mesh)
     mean = mean if ascent.noise is None else trees.add(mean, ascent.noise)
     if sent is not None:
       sent = sent._replace(layers=jax.tree.map(lambda leaf: leaf[:, 1:], sums))

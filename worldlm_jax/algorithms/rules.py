@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from worldlm_jax import links, trees
 from worldlm_jax.algorithms import edges
-from worldlm_jax.config import BackboneConfig
-from worldlm_jax.exchange import backbone as backbone_lib, relevance
+from worldlm_jax.config import BackboneConfig, GuardConfig
+from worldlm_jax.exchange import backbone as backbone_lib, guards as guards_lib, relevance, robust
 from worldlm_jax.exchange.residuals import Residuals
 from worldlm_jax.privacy import release
 from worldlm_jax.state import LevelState, Topology, news
@@ -25,6 +25,7 @@ class NodeInputs(NamedTuple):
   """What differs from node to node in an exchange; leaves `[N, ...]`."""
 
   active: Any  # bool: takes part in this phase
+  heard: Any  # bool: its last update has come in and is news
   temperature: Any  # float32, of this phase
   epochs: Any  # float32: how often it sees its text in the whole run; see schedule.epochs
   backbone_independence: Any  # float32: see exchange/relevance.py
@@ -125,6 +126,7 @@ class Algorithm(NamedTuple):
   trusts: bool = False  # whether nodes use models between their parent's and their own (see exchange/trust.py)
   goes_own_way: bool = False  # whether nodes may cease to take their parent's model (see exchange/relevance.py)
   payload: str = "float32"  # one of payload.KINDS; if not this one, `tracks` has all that it `shares`
+  guards: GuardConfig = GuardConfig()  # what is rejected; where it has limits, `tracks` has all that it `shares`
 
 
 KEPT_BACKBONE = BackboneRule(lambda own, parents, takes: own, lambda own, server, *members: (own, server))
@@ -149,11 +151,12 @@ def take_over(own: trees.PyTree, parents: trees.PyTree, takes: jax.Array) -> tre
 
 def averaged(config: BackboneConfig) -> BackboneRule:
   """The members' weighted mean, applied by the server optimizer; members receive their federation's backbone."""
-  server = backbone_lib.server_optimizer(config)
+  server, combine = backbone_lib.server_optimizer(config), robust.combiner(config)
 
   def merge(own, state, below, shares, mesh, noise):
-    if below.errors is not None:  # rounded: what has not arrived of `own` at the members must not be lost
-      difference = links.sum_members(below.update["backbone"], shares, own["final_norm"].shape[0], mesh)
+    if below.errors is not None or config.aggregate != "mean":
+      # Rounded, what has not arrived of `own` at the members must not be lost.
+      difference = combine(below.update["backbone"], shares, own["final_norm"].shape[0], mesh)
     elif below.private is not None:  # what is released of them, without the rounding of what is not
       is_bounded = jnp.isfinite(below.private.clip)[:, None]
       by_update, by_params = jnp.where(is_bounded, shares, 0.0), jnp.where(is_bounded, 0.0, shares)
@@ -181,35 +184,40 @@ def down(
     level: the receiving nodes.
     above: their parents' level; None for the root, which only begins a new count of weights.
     deeper: the residual layers sent up by federations of the levels below, by level.
-    nodes: per-node inputs; nodes that are not active stay exactly as they are.
+    nodes: per-node inputs; nodes that are not active stay exactly as they are, and so do, but for the count, those
+      whose parent's model is not finite.
     phase: the round.
   """
-  known, handed = level, level.handed
+  known, handed, before, asked = level, level.handed, level, nodes
   if above is not None:
     known = edges.as_known(level, algorithm.payload)
+    known = known._replace(fresh=known.fresh & nodes.heard)
+    known = known._replace(fresh=known.fresh & (_verdicts(algorithm, known, known.fresh, topology) == 0))
     handed = edges.handed(level, above, topology, algorithm.payload)
     if algorithm.goes_own_way:
       level = level._replace(relevance=_measured_relevance(known, above, topology, nodes, phase))
-  begun = level._replace(
-    handed=handed, errors=known.errors,
-    own_weight=jnp.zeros_like(level.own_weight), weight=jnp.zeros_like(level.weight),
-    trained=jnp.zeros_like(level.trained), fresh=jnp.zeros_like(level.fresh),
-    private=_begun(level.private, above, topology),
-  )
+  new_count: dict[str, Any] = {
+    "errors": known.errors, "own_weight": jnp.zeros_like(level.own_weight), "weight": jnp.zeros_like(level.weight),
+    "trained": jnp.zeros_like(level.trained), "fresh": jnp.zeros_like(level.fresh),
+    "private": _begun(level.private, above, topology),
+  }
+  begun = level._replace(handed=handed, **new_count)
   if above is None:
     return _where_active(nodes, begun, level), {}
   if handed is None:
     parents = links.take_parents(above.params["backbone"], topology.parent, topology.num_parents, topology.mesh)
   else:
     parents = handed["backbone"]
+  sound = guards_lib.finite({part: above.params[part] for part in algorithm.shares}, above.fresh)[topology.parent]
+  nodes = nodes._replace(active=nodes.active & sound)  # nobody takes over what is not finite
   takes = _takes(algorithm, level, nodes, nodes.backbone_independence, phase)
   backbone = algorithm.backbone.receive(level.params["backbone"], parents, takes)
   key_layers, received = level.params["key_layers"], level.received
   needs_all = algorithm.trusts or not algorithm.goes_own_way
-  log: Log = {"hands_backbone": takes | needs_all}
+  log: Log = {"hands_backbone": takes | needs_all, "refused": asked.active & ~sound}
   if key_layers:
     takes = _takes(algorithm, level, nodes, nodes.key_layer_independence, phase)
-    pools = _pools(level, above, deeper, topology, phase)
+    pools = _pools(level, above, deeper, topology, nodes, phase)
     key_layers, received, error, key_log = algorithm.key_layers.receive(Descent(
       known, key_layers, above, handed and handed.get("key_layers"), backbone, pools, takes, topology, nodes, phase,
       algorithm.payload,
@@ -218,11 +226,12 @@ def down(
     if error is not None:
       begun = begun._replace(errors=begun.errors | {"addition": error})
   after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
-  return _where_active(nodes, after, level)._replace(params=after.params), log
+  kept = _where_active(asked, before._replace(**new_count), before)
+  return _where_active(nodes, after, kept)._replace(params=after.params), log
 
 
 def up(
-  algorithm: Algorithm, topology: Topology, level: LevelState, below: LevelState, below_active: jax.Array,
+  algorithm: Algorithm, topology: Topology, level: LevelState, below: LevelState, arrived: jax.Array,
   topology_below: Topology, nodes: NodeInputs, phase: PhaseInputs, guards: Guards | None = None,
 ) -> tuple[LevelState, Log]:
   """The up-phase: federations merge their members' backbones and key layers.
@@ -232,7 +241,7 @@ def up(
     topology: of the federations' level.
     level: the federations.
     below: the level of their members.
-    below_active: bool, which members took part.
+    arrived: float32, what the members' updates count: 0 where none has come in, 1 in time, less if late.
     topology_below: of the members' level.
     nodes: per-node inputs of the federations; those that are not active stay exactly as they are.
     phase: the round.
@@ -240,11 +249,14 @@ def up(
   """
   below = edges.as_known(below, algorithm.payload)
   level = level._replace(update=news(level))
-  weight = jnp.where(below_active & nodes.active[topology_below.parent], below.weight, 0.0)
+  verdict = _verdicts(algorithm, below, (arrived > 0) & below.fresh, topology_below)
+  arrived = jnp.where(verdict == 0, arrived, 0.0)
+  below_active = arrived > 0
+  weight = jnp.where(below_active & nodes.active[topology_below.parent], arrived * below.weight, 0.0)
   gained = jax.ops.segment_sum(weight, topology_below.parent, level.weight.shape[0])
   own_weight = jnp.where(level.trained, level.own_weight, 0.0)
   if algorithm.weights == "uniform":
-    weight, own_weight = jnp.float32(weight > 0), jnp.float32(level.trained)
+    weight, own_weight = jnp.where(weight > 0, arrived, 0.0), jnp.float32(level.trained)
   shares = backbone_lib.shares(jnp.asarray(topology_below.parent), weight, own_weight, topology_below.num_parents)
   noise, private = {}, level.private
   if guards is not None:
@@ -262,18 +274,29 @@ def up(
   if "backbone" in update:
     moved = trees.subtract(merged, level.params["backbone"])
     update = update | {"backbone": trees.add(update["backbone"], moved)}
-  log: Log = {}
+  log: Log = {"verdict": verdict}
   if key_layers:
-    key_layers, key_update, residuals, log = algorithm.key_layers.merge(
+    key_layers, key_update, residuals, key_log = algorithm.key_layers.merge(
       Ascent(level, below, merged, weight, own_weight, shares, below_active, members_mask, topology, topology_below,
              nodes, phase, noise.get("key_layers"))
     )
     update = update | {"key_layers": key_update} if "key_layers" in update else update
+    log |= key_log
   after = level._replace(
     params={"backbone": merged, "key_layers": key_layers}, server=server, update=update, residuals=residuals,
     weight=level.weight + gained, fresh=level.fresh | (gained > 0), private=private,
   )
   return trees.where(nodes.active & (gained > 0), after, level), log  # where nobody trained, nothing is merged
+
+
+def _verdicts(algorithm: Algorithm, known: LevelState, there: jax.Array, topology: Topology) -> jax.Array:
+  """Whose update is rejected, and why: int32 `[N]`, see `guards.judge`."""
+  # Whether a model is finite can be said without its update.
+  what = known.update or {part: known.params[part] for part in algorithm.shares}
+  return guards_lib.judge(
+    algorithm.guards, what, there, jnp.asarray(topology.siblings), jnp.asarray(topology.siblings_mask),
+    topology.neighbours, topology.mesh,
+  )
 
 
 def _begun(
@@ -319,12 +342,15 @@ def _measured_relevance(
 
 
 def _pools(
-  level: LevelState, above: LevelState, deeper: dict[int, Residuals], topology: Topology, phase: PhaseInputs
+  level: LevelState, above: LevelState, deeper: dict[int, Residuals], topology: Topology, nodes: NodeInputs,
+  phase: PhaseInputs,
 ) -> list[Pool]:
   """`pools` of a `Descent`: what federations have sent up, and what the level above has received."""
   found = []
   for j, eligible in topology.eligible.items():
     sent = deeper.get(j, level.residuals)
+    if sent is not None and j not in deeper:
+      sent = sent._replace(present=sent.present & nodes.heard[:, None, None])
     if sent is not None:
       found.append(Pool(sent, jnp.asarray(eligible), topology.num_real[j], jnp.bool_(True)))
   if above.received is not None:  # what a node received goes on to its children

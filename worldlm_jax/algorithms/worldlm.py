@@ -15,30 +15,33 @@ where it takes the place of the mean.
 from worldlm_jax import model, trees
 from worldlm_jax.algorithms.attend_layers import AttendLayers
 from worldlm_jax.algorithms.attend_updates import AttendUpdates
-from worldlm_jax.algorithms.rules import Algorithm, BackboneRule, take_over
+from worldlm_jax.algorithms.rules import Algorithm, BackboneRule, KeyLayerRule, take_over
 from worldlm_jax.config import Config
-from worldlm_jax.exchange import backbone as backbone_lib
+from worldlm_jax.exchange import backbone as backbone_lib, robust
 from worldlm_jax.federation import Federation, as_given
-from worldlm_jax.links import sum_members
 
 arrange, has_key_layers = as_given, True
 
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
   """The pair of rules."""
-  server = backbone_lib.server_optimizer(config.backbone)
+  server, combine = backbone_lib.server_optimizer(config.backbone), robust.combiner(config.backbone)
 
   def merge(own, state, below, shares, mesh, noise):
     num_rows = own["final_norm"].shape[0]
-    mean = sum_members(below.update["backbone"], shares, num_rows, mesh)
+    mean = combine(below.update["backbone"], shares, num_rows, mesh)
     mean = mean if noise is None else trees.add(mean, noise)
     return backbone_lib.apply_server_optimizer(server, own, state, mean)
 
   any_validated = any(member.settings.acceptance == "validated" for member in federation.members)
   trusts = any(member.settings.trust == "validated" for member in federation.members)
-  attend = AttendUpdates if config.key_layers.values == "updates" else AttendLayers
+  key_layers: KeyLayerRule
+  if config.key_layers.values == "updates":
+    key_layers = AttendUpdates(config.key_layers, arch, any_validated, combine)
+  else:
+    key_layers = AttendLayers(config.key_layers, arch, any_validated)
   return Algorithm(
-    BackboneRule(take_over, merge), attend(config.key_layers, arch, any_validated), shares=("backbone", "key_layers"),
+    BackboneRule(take_over, merge), key_layers, shares=("backbone", "key_layers"),
     tracks=("backbone", "key_layers"), weights=config.backbone.weights,
     needs_validation=trusts or any_validated or config.key_layers.similarity == "validation_loss", trusts=trusts,
     goes_own_way=True,

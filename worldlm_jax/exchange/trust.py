@@ -29,4 +29,5 @@ def used(own: trees.PyTree, parents: trees.PyTree, trust: jax.Array) -> trees.Py
 def validated(loss: Callable[[trees.PyTree], jax.Array], own: trees.PyTree, parents: trees.PyTree) -> jax.Array:
   """The trust of one node with the least `loss` of the model in use: float32 scalar."""
   trusts = jnp.array(TRUSTS, jnp.float32)
-  return trusts[jnp.argmin(jax.lax.map(lambda trust: loss(used(own, parents, trust)), trusts))]
+  losses = jax.lax.map(lambda trust: loss(used(own, parents, trust)), trusts)
+  return trusts[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
