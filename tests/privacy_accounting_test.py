@@ -41,7 +41,7 @@ def test_no_release_costs_nothing_and_no_noise_has_no_bound():
   assert accounting.update_epsilon(silent, 1) == math.inf
 
 
-EXAMPLES = accounting.Examples(count=400, batch_size=8, capacity=24)
+EXAMPLES = accounting.Examples(number=400, batch_size=8, capacity=24)
 
 
 def test_epsilon_of_examples_is_that_of_dp_accounting():

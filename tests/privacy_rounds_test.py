@@ -67,7 +67,7 @@ def test_engine_equals_the_loop(local_run):
   """Law 6; the fixture has compared them."""
   clips = np.asarray(local_run.state[1].private.clip)
   assert clips[0] == clips[1] == np.float32(0.05) != clips[2]
-  assert np.asarray(local_run.state[1].private.count).tolist() == [1, 2, 2]  # `a` was absent once
+  assert np.asarray(local_run.state[1].private.draws).tolist() == [1, 2, 2]  # `a` was absent once
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_round_two_compiles_nothing(rounds):
   assert np.linalg.norm(flat(harness.params()["a"]) - begun) > 0.06  # its own model goes further
   harness.round(1)
   assert len(harness.engine._compiled) == compiled
-  assert np.asarray(harness.state[1].private.count).tolist() == [2, 2, 2]
+  assert np.asarray(harness.state[1].private.draws).tolist() == [2, 2, 2]
 
 
 def test_nothing_but_the_release_of_a_nodes_text_reaches_the_others(rounds, local_run):

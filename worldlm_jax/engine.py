@@ -296,7 +296,7 @@ class Engine:
   ) -> tuple[local.Trained, trees.PyTree, release.Private]:
     """Training as it goes on from here: with what is released of the updates in their place."""
     if not (self.algorithm.tracks and policy.any_updates(self.federation)):
-      return trained, moved, private._replace(count=private.count + 1)
+      return trained, moved, private._replace(draws=private.draws + 1)
     # What a federation hands down to its members leaves it too, so it goes on from its release.
     gives_up = (trained.steps > 0) & guards.hands_down & guards.clips & jnp.isfinite(private.clip)
     moved, private = partition.per_device(jax.vmap(release.release), self.mesh)(moved, private, guards)

@@ -32,7 +32,7 @@ POINTS = 50_000  # of a privacy loss distribution, about
 class Examples(NamedTuple):
   """What DP-SGD samples from."""
 
-  count: int  # windows or documents
+  number: int  # of windows or documents
   batch_size: int  # how many a step has on average
   capacity: int  # and at most: of more, a random subset is taken
 
@@ -98,7 +98,7 @@ def example_epsilon_rdp(settings: NodeSettings, examples: Examples, steps: int) 
   """By Renyi's differential privacy, as if no batch were ever full: close, but no bound."""
   if not steps or not settings.example_noise:
     return math.inf if steps else 0.0
-  rate = min(1.0, examples.batch_size / examples.count)
+  rate = min(1.0, examples.batch_size / examples.number)
   return _rdp(lambda library: [
     (library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(settings.example_noise)), steps)
   ], settings.privacy_delta)
@@ -127,7 +127,7 @@ def _step(noise: float, examples: Examples, interval: float) -> Any:
   from dp_accounting.pld import privacy_loss_distribution
 
   return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
-    dataset_size=examples.count, sampling_probability=min(1.0, examples.batch_size / examples.count),
+    dataset_size=examples.number, sampling_probability=min(1.0, examples.batch_size / examples.number),
     truncated_batch_size=examples.capacity, noise_multiplier=noise, value_discretization_interval=interval,
     neighboring_relation=library.NeighboringRelation.REPLACE_SPECIAL,
   )
@@ -184,7 +184,7 @@ def report(
       "unit": UNITS[unit], "where": "training", "releases": steps,
       "epsilon": example_epsilon(settings, examples, steps),
       "epsilon_rdp": example_epsilon_rdp(settings, examples, steps),
-      "sampling": f"Poisson: {examples.batch_size} of {examples.count} on average, {examples.capacity} at most",
+      "sampling": f"Poisson: {examples.batch_size} of {examples.number} on average, {examples.capacity} at most",
       **common,
     }
   return found

@@ -35,7 +35,7 @@ class Examples(NamedTuple):
 
 def of(guards: release.Guard, private: release.Private) -> Examples:
   """What `local.train_nodes` needs of the nodes' guards, leaves `[N]`."""
-  keys = jax.vmap(lambda guard, count: release.draw_key(guard, release.EXAMPLES, count))(guards, private.count)
+  keys = jax.vmap(lambda guard, count: release.draw_key(guard, release.EXAMPLES, count))(guards, private.draws)
   return Examples(guards.example_clip, guards.example_noise, guards.example_batch, keys)
 
 

@@ -54,7 +54,7 @@ class Private(NamedTuple):
   withheld: trees.PyTree  # by part of the model: how much more than its release the node's update was, if `fresh`
   clip: jax.Array  # float32: of its own updates; of a federation without text, of its members'
   within: jax.Array  # float32: which share of its last update was under the clip
-  count: jax.Array  # int32: how often it has trained or merged; no draw is made twice
+  draws: jax.Array  # int32: how often it has trained or merged; no draw is made twice
 
 
 def clip(update: trees.PyTree, norm: jax.Array, by_layer: jax.Array) -> tuple[trees.PyTree, jax.Array]:
@@ -115,11 +115,11 @@ def release(update: trees.PyTree, private: Private, guard: Guard) -> tuple[trees
   norm = jnp.where(guard.clips, private.clip, jnp.inf)
   clipped, within = clip(update, norm, guard.by_layer)
   deviation = jnp.where(guard.noise > 0, guard.noise * norm, 0.0)
-  drawn = noise(draw_key(guard, NOISE, private.count), update, deviation)
+  drawn = noise(draw_key(guard, NOISE, private.draws), update, deviation)
   released = jax.tree.map(lambda c, n: jnp.where(deviation > 0, c + n, c), clipped, drawn)
-  moved = next_clip(draw_key(guard, SHARE, private.count), private.clip, within, 1, guard)
+  moved = next_clip(draw_key(guard, SHARE, private.draws), private.clip, within, 1, guard)
   return released, Private(
-    trees.subtract(update, released), jnp.where(guard.adapts, moved, private.clip), within, private.count + 1
+    trees.subtract(update, released), jnp.where(guard.adapts, moved, private.clip), within, private.draws + 1
   )
 
 
@@ -147,7 +147,7 @@ def mean_noise(
   def one(guard: Guard, count: jax.Array, like: trees.PyTree, deviation: jax.Array) -> trees.PyTree:
     return noise(draw_key(guard, MEAN, count), like, deviation)
 
-  return jax.vmap(one)(guards, private.count, like, deviation_N)
+  return jax.vmap(one)(guards, private.draws, like, deviation_N)
 
 
 def merged(
@@ -167,5 +167,5 @@ def merged(
     moved = next_clip(draw_key(guard, MEAN_SHARE, count), norm, share, members, guard)
     return jnp.where(guard.adapts_mean & (members > 0), moved, norm)
 
-  norm_N = jax.vmap(one)(guards, private.count, private.clip, share_N, members_N)
-  return private._replace(clip=norm_N, count=private.count + 1)
+  norm_N = jax.vmap(one)(guards, private.draws, private.clip, share_N, members_N)
+  return private._replace(clip=norm_N, draws=private.draws + 1)
