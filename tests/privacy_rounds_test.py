@@ -215,6 +215,10 @@ def test_central_noise_needs_members_that_agree_where_the_clip_adapts(rounds):
   config = private_config(rounds, flat_tree(rounds), privacy="central", privacy_quantile=0.5)
   config.key_layers = config_lib.KeyLayerConfig(update_strength=0.0, residuals_per_layer=0)
   policy.check(config, federation_lib.resolve(config), ("backbone", "key_layers"))
+  config.backbone.aggregate = "median"
+  with pytest.raises(checks.InputError, match=r"aggregate='median'.*'mean'"):
+    policy.check(config, federation_lib.resolve(config), ("backbone", "key_layers"))
+  config.backbone.aggregate = "mean"
   config.federation.overrides = {"b": {"privacy_clip": 2.0}}
   with pytest.raises(checks.InputError, match=r"node 'b': privacy_clip=2.0.*one clip for all its members"):
     policy.check(config, federation_lib.resolve(config), ("backbone", "key_layers"))

@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from worldlm_jax import checks, distributed, schedule
 from worldlm_jax.config import Config
 from worldlm_jax.data import poisson
@@ -50,15 +48,6 @@ class Spending:
       settings = federation.by_path[path].settings
       checks.require(left > 0 or not wanted, f"node {path!r}: privacy_budget", settings.privacy_budget,
                      "an epsilon that suffices for one training", "raise it, or the noise multiplier")
-
-  def ends(self, index: int, place: int) -> np.ndarray:
-    """Which nodes train for the last time, long before the others, in a step of a round: bool `[n]` of its level."""
-    step = self.rounds[index][place]
-    later = [*self.rounds[index][place + 1 :], *(other for steps in self.rounds[index + 1 :] for other in steps)]
-    again = np.any([s.active for s in later if s.kind == "train" and s.level == step.level] or [~step.active], axis=0)
-    stops = [self._budgets.get(m.path, (0, 0))[0] < self._budgets.get(m.path, (0, 0))[1]
-             for m in self._federation.levels[step.level]]
-    return step.active & ~again & np.array(stops)
 
   def title(self) -> list[str]:
     """What a run should say of it before it begins: who will stop training, and what would prevent that."""
