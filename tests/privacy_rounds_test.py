@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from worldlm_jax import algorithms, checks, config as config_lib, federation as federation_lib
+from worldlm_jax import algorithms, checks, config as config_lib, federation as federation_lib, schedule
 from worldlm_jax.privacy import policy
 
 NUM_ROUNDS = 2
@@ -180,6 +180,18 @@ def test_nothing_but_the_release_of_a_nodes_text_reaches_the_others(rounds, loca
   assert np.abs(flat(all_here["a/p"]) - flat(all_there["a/p"])).max() > 1e-3  # the node itself does
 
 
+def test_examples_alone_keep_no_updates(rounds):
+  """FedAvg with DP-SGD: every phase can be traced, and there is nothing to withhold."""
+  config = private_config(rounds, flat_tree(rounds), algorithm="fedavg", privacy="none", example_clip=1.0)
+  harness = rounds.Harness(config)
+  harness.engine._call = lambda name, phase, *args, **_: jax.eval_shape(phase, *args)
+  for step in schedule.round_steps(harness.federation, None):
+    if step.kind == "up":
+      new, _ = harness.engine.up(harness.state, step, 0)
+      assert new[0].params["backbone"].keys() == harness.state[0].params["backbone"].keys()
+  assert not harness.state[1].private.withheld and not harness.state[1].update
+
+
 # What is refused.
 
 
@@ -215,10 +227,6 @@ def test_central_noise_needs_members_that_agree_where_the_clip_adapts(rounds):
   config = private_config(rounds, flat_tree(rounds), privacy="central", privacy_quantile=0.5)
   config.key_layers = config_lib.KeyLayerConfig(update_strength=0.0, residuals_per_layer=0)
   policy.check(config, federation_lib.resolve(config), ("backbone", "key_layers"))
-  config.backbone.aggregate = "median"
-  with pytest.raises(checks.InputError, match=r"aggregate='median'.*'mean'"):
-    policy.check(config, federation_lib.resolve(config), ("backbone", "key_layers"))
-  config.backbone.aggregate = "mean"
   config.federation.overrides = {"b": {"privacy_clip": 2.0}}
   with pytest.raises(checks.InputError, match=r"node 'b': privacy_clip=2.0.*one clip for all its members"):
     policy.check(config, federation_lib.resolve(config), ("backbone", "key_layers"))

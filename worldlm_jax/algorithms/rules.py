@@ -157,7 +157,7 @@ def averaged(config: BackboneConfig) -> BackboneRule:
     if below.errors is not None or config.aggregate != "mean":
       # Rounded, what has not arrived of `own` at the members must not be lost.
       difference = combine(below.update["backbone"], shares, own["final_norm"].shape[0], mesh)
-    elif below.private is not None:  # what is released of them, without the rounding of what is not
+    elif below.private is not None and below.private.withheld:  # what is released of them, without the rounding of what is not
       is_bounded = jnp.isfinite(below.private.clip)[:, None]
       by_update, by_params = jnp.where(is_bounded, shares, 0.0), jnp.where(is_bounded, 0.0, shares)
       difference = trees.add(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from worldlm_jax import checks, rngs, schedule
-from worldlm_jax.config import Config, GuardConfig, NodeSettings
+from worldlm_jax.config import Config, NodeSettings
 from worldlm_jax.federation import Federation, Member
 from worldlm_jax.privacy import accounting
 from worldlm_jax.privacy.accounting import Examples
@@ -133,10 +133,6 @@ def _check_central(config: Config, member: Member, federation: Federation, atten
   checks.require(config.payload == "float32", "config.payload", config.payload,
                  f"'float32' with privacy=central ({where})",
                  "what rounding holds back would come on top of a later update, over its clip")
-  robust = config.backbone.aggregate != "mean" or config.guards != GuardConfig()
-  checks.require(not robust, "config.backbone.aggregate", config.backbone.aggregate,
-                 f"'mean', and config.guards as they are by default, with privacy=central ({where})",
-                 "what one member's update does to the weights of the others' is not in the noise")
   if settings.privacy_quantile:
     head = federation.by_path[str(member.parent)]
     names = ("privacy", "privacy_clip", "privacy_quantile", "privacy_quantile_noise", "privacy_quantile_rate")
