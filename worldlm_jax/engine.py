@@ -269,7 +269,9 @@ class Engine:
   def _train_phase(
     self, own: state_lib.LevelState, work: local.Workload, guards: release.Guard | None
   ) -> tuple[state_lib.LevelState, tuple[jax.Array, jax.Array, jax.Array]]:
-    examples = examples_lib.of(guards, own.private) if policy.any_examples(self.federation) else None
+    examples = None
+    if guards is not None and own.private is not None and policy.any_examples(self.federation):
+      examples = examples_lib.of(guards, own.private)
     trained = local.train_nodes(self.arch, self.config.optimizer, self.mesh, own.params, own.opt_state, work, examples)
     took_part = trained.steps > 0
     if self.config.guards.failing == "leave_out":  # whose training failed stays as if it had not trained
@@ -278,8 +280,8 @@ class Engine:
       params, opt_state = trees.where(took_part, (trained.params, trained.opt_state), before)
       trained = trained._replace(params=params, opt_state=opt_state)
     moved = {part: trees.subtract(trained.params[part], own.params[part]) for part in self.algorithm.tracks}
-    if guards is not None:
-      trained, moved, private = self._released(own.params, trained, moved, own.private, guards)
+    if guards is not None and own.private is not None:
+      trained, moved, private = self._released(own.params, took_part, trained, moved, own.private, guards)
       own = own._replace(private=trees.where(took_part, private, own.private))
     weight = work.weight if self.algorithm.weights == "text" else jnp.float32(trained.tokens)
     weight = jnp.where(took_part, weight, 0.0)
@@ -291,14 +293,14 @@ class Engine:
     return new, (trained.losses, trained.steps, trained.tokens)
 
   def _released(
-    self, begun: model.Params, trained: local.Trained, moved: trees.PyTree, private: release.Private,
-    guards: release.Guard,
+    self, begun: model.Params, took_part: jax.Array, trained: local.Trained, moved: trees.PyTree,
+    private: release.Private, guards: release.Guard,
   ) -> tuple[local.Trained, trees.PyTree, release.Private]:
     """Training as it goes on from here: with what is released of the updates in their place."""
     if not (self.algorithm.tracks and policy.any_updates(self.federation)):
       return trained, moved, private._replace(draws=private.draws + 1)
     # What a federation hands down to its members leaves it too, so it goes on from its release.
-    gives_up = (trained.steps > 0) & guards.hands_down & guards.clips & jnp.isfinite(private.clip)
+    gives_up = took_part & guards.hands_down & guards.clips & jnp.isfinite(private.clip)
     moved, private = partition.per_device(jax.vmap(release.release), self.mesh)(moved, private, guards)
     params = {
       part: trees.where(gives_up, trees.add(begun[part], moved[part]), trained.params[part]) for part in moved

@@ -157,7 +157,8 @@ def averaged(config: BackboneConfig) -> BackboneRule:
     if below.errors is not None or config.aggregate != "mean":
       # Rounded, what has not arrived of `own` at the members must not be lost.
       difference = combine(below.update["backbone"], shares, own["final_norm"].shape[0], mesh)
-    elif below.private is not None and below.private.withheld:  # what is released of them, without the rounding of what is not
+    elif below.private is not None and below.private.withheld:
+      # What is released of them, without the rounding of what is not.
       is_bounded = jnp.isfinite(below.private.clip)[:, None]
       by_update, by_params = jnp.where(is_bounded, shares, 0.0), jnp.where(is_bounded, 0.0, shares)
       difference = trees.add(
@@ -259,7 +260,7 @@ def up(
     weight, own_weight = jnp.where(weight > 0, arrived, 0.0), jnp.float32(level.trained)
   shares = backbone_lib.shares(jnp.asarray(topology_below.parent), weight, own_weight, topology_below.num_parents)
   noise, private = {}, level.private
-  if guards is not None:
+  if guards is not None and private is not None and below.private is not None:
     like = {part: level.params[part] for part in algorithm.shares}
     clip_C = below.private.clip
     noise = release.mean_noise(like, shares, clip_C, guards.level, guards.below, private)
@@ -303,7 +304,7 @@ def _begun(
   private: release.Private | None, above: LevelState | None, topology: Topology
 ) -> release.Private | None:
   """After a down-phase: a clip that adapts to all members of a federation is known to them."""
-  if private is None or above is None:
+  if private is None or above is None or above.private is None:
     return private
   theirs = links.take_parents(above.private.clip, topology.parent, topology.num_parents, topology.mesh)
   return private._replace(clip=jnp.where(jnp.asarray(topology.follows), theirs, private.clip))

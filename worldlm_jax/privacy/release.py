@@ -101,7 +101,7 @@ def draw_key(guard: Guard, purpose: int, count: jax.Array) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(guard.key), purpose), count)
 
 
-def noise(key: jax.Array, like: trees.PyTree, deviation: jax.Array) -> trees.PyTree:
+def noise(key: jax.Array, like: trees.PyTree, deviation: Any) -> trees.PyTree:
   """Independent normal values of this standard deviation (float32 scalar) in the shapes of `like`."""
   leaves, structure = jax.tree.flatten(like)
   drawn = [
