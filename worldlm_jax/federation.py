@@ -209,15 +209,15 @@ def resolve(config: config_lib.Config) -> Federation:
     levels.extend([] for _ in range(level + 1 + bool(node.children) - len(levels)))
     head = f"{path}/" if beside and node.children and node.data is not None else path
 
-    def place(head: str = "") -> dict[str, Any]:
+    def came(ending: str = "") -> dict[str, Any]:
       if path not in places.before:
         return {}
-      return {"origin": history[0] + head, "moved_from": places.before[path] + head, "moved_in": places.since[path]}
+      return {"origin": history[0] + ending, "moved_from": places.before[path] + ending, "moved_in": places.since[path]}
 
     own_data = node.data if head == path else None
-    levels[level].append(Member(head, node.name, parent, own_data, settings, **place(head.removeprefix(path))))
+    levels[level].append(Member(head, node.name, parent, own_data, settings, **came(head.removeprefix(path))))
     if head != path:
-      levels[level + 1].append(Member(path, node.name, head, node.data, settings, **place()))
+      levels[level + 1].append(Member(path, node.name, head, node.data, settings, **came()))
     _check_names([child.name for child in node.children], path)
     for child in node.children:
       visit(child, child.name if path == ROOT else f"{path}/{child.name}", head, settings)
