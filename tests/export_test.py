@@ -68,19 +68,19 @@ def test_a_tokenizer_from_a_file_has_the_same_ids_there(tmp_path: Path) -> None:
 def test_one_node_is_written_and_read_back(stored: tuple[Path, Any], tmp_path: Path) -> None:
   pytest.importorskip("transformers")
   out, said = tmp_path / "out", []
-  assert export.export(stored[0], ["b/p"], out, max_shard_size="20KB", say=said.append) == [out]
-  model = released.load(stored[0], "b/p")
+  assert export.export(stored[0], ["b/q"], out, max_shard_size="20KB", say=said.append) == [out]
+  model = released.load(stored[0], "b/q")
   jax.tree.map(np.testing.assert_array_equal, llama.read(out, model.arch), model.params)
   config = json.loads((out / "config.json").read_text())
   assert (config["bos_token_id"], config["eos_token_id"], config["max_position_embeddings"]) == (256, 256, 7)
-  assert said == [f"b/p: {out}"] and [*tmp_path.iterdir()] == [out]
+  assert said == [f"b/q: {out}"] and [*tmp_path.iterdir()] == [out]
   assert {path.name for path in out.iterdir()} >= {
     "README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"
   }
   card = (out / "README.md").read_text()
   assert "**The run was not finished**: this is the model after 2 rounds." in card
   assert f"lies {100 * model.trust:.0f} % of the way" in card
-  assert "    - **b/p** (14 tokens trained on, has text)" in card.splitlines()
+  assert "    - **b/q** (14 tokens trained on, has text)" in card.splitlines()
 
 
 def test_all_nodes_have_folders_by_their_paths(stored: tuple[Path, Any], tmp_path: Path) -> None:
