@@ -45,6 +45,7 @@ RUN: dict[tuple[str, str], list[str]] = {
   ("README.md", "worldlm_jax.main --workdir=runs/mine"): TINY_RUN,
   ("README.md", "worldlm_jax.compare"): TINY_COMPARISON,
   ("README.md", "worldlm_jax.report --workdir=runs/comparison"): [],
+  ("README.md", "worldlm_jax.evaluate --workdir=runs/mine"): [],
   ("docs/plan.md", "--machine=h100x64 --config.federation.folder="): [],
   ("docs/data.md", "tfds.yaml"): TINY_RUN,
 }
@@ -58,7 +59,15 @@ NOT_RUN = {
   "python -m benchmarks.": "benchmarks_test runs them at their smallest size",
   "python -m worldlm_jax.main --config=configs/synthetic.py --config.algorithm=fedatt":
     "the guide's rule is no part of the package; the test of the guide trains it",
+  "worldlm train --config=configs/folder.py --config.federation.folder=PATH --workdir=runs/continued":
+    "needs a public model; export_test continues from one that it has made",
   "python -m colab.make": "colab_test runs the notebooks with tiny settings",
+}
+# (page, first line of a block of Python) -> why it is not executed.
+NOT_EXECUTED = {
+  ("docs/evaluate.md", "from worldlm_jax import evaluate"): "evaluate_test scores models of a run that it has made",
+  ("docs/export.md", "from transformers import AutoModelForCausalLM, AutoTokenizer"):
+    "export_test loads what it has exported, and compares logits",
 }
 
 
@@ -158,6 +167,7 @@ class Desk:
     """A word of a command, with what stands for a reader's own paths replaced."""
     for pattern, path in (
       (r"(?<==)(PATH|texts|/mnt/shared/texts|/shared/texts)$", "world"), (r"(?<==)FOLDER$", "world"),
+      (r"(?<==)FILE$", "small/medicine/documents.txt"),
       (r"(?<==)DIR$", "runs/dir"), (r"(?<==)(/mnt/shared/|/shared/)?runs/", "runs/"),
       (r"(?<==)world\.jsonl$", "world.jsonl"),
       (r"(?<==)(tfds|hf)\.yaml$", r"\1.yaml"), (r"(?<==)runs/bpe\.json$", "bpe.json"), (r"(?<==)data/", "data/"),
@@ -218,14 +228,14 @@ def test_every_block_says_what_it_is_in(page: Path) -> None:
 
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.language == "python"}))
 def test_python_runs(page: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-  """The blocks of a page one after the other, in one namespace; those that are files of the package are elsewhere."""
+  """The blocks of a page one after the other, in one namespace; those that are files are run by others."""
   monkeypatch.chdir(desk.folder)
   names: dict[str, Any] = {"c": c}  # as in a config file, of which many blocks are a part
   for block in BLOCKS:
     if block.page != page or block.language != "python" or "worldlm_jax/" in block.before:
       continue
-    if SCRIPT.match(block.text):
-      continue  # a command runs it
+    if SCRIPT.match(block.text) or (page, block.text.partition("\n")[0]) in NOT_EXECUTED:
+      continue
     names.pop("get_config", None)
     exec(compile("\n" * block.line + block.text, page, "exec"), names)
     if "get_config" in names:
@@ -238,35 +248,38 @@ def test_json_is_json(block: Block) -> None:
 
 
 @of("yaml")
-def test_yaml_describes_a_tree_or_a_machine(block: Block, desk: Desk) -> None:
+def test_yaml_describes_a_tree_a_machine_or_a_task(block: Block, desk: Desk) -> None:
   if "data_source" in block.page:
     return  # its source is not part of the package; the test of that guide reads it
   file = desk.folder / "described.yaml"
   file.write_text(block.text)
   content = yaml.safe_load(block.text)
-  if "platform" in content:
+  if "task" in content:
+    tasks = [yaml.safe_load(task.read_text()) for task in (REPOSITORY / "tests" / "tasks").glob("*.yaml")]
+    assert content in [{key: value for key, value in task.items() if key != "metadata"} for task in tasks]
+  elif "platform" in content:
     assert machines.load(str(file)).platform == content["platform"]
   else:
     found = federation.resolve(c.Config(federation=c.FederationConfig(yaml=str(file))))
     assert found.root.name == content["name"]
 
 
-@pytest.mark.parametrize("place", range(len(COMMANDS)),
-                         ids=[f"{block}-{' '.join(words)[:40]}" for block, words in COMMANDS])
-def test_a_command_is_understood(place: int, desk: Desk) -> None:
-  block, words = COMMANDS[place]
-  if any(shlex.join(words).startswith(begin) for begin in NOT_RUN):
-    return
-  if words[0].rpartition("/")[2] == "pip":
-    check_extras(words)
-  elif words[0] in ("echo", "python") and words[1] != "-m":
-    run_in_bash(words, desk.folder)
-  elif command := package_command(words):
-    check_script(words)
-    read_or_run(block, *command, desk)
-  else:
-    assert words[0] == "bash", f"{block}: say in NOT_RUN why {shlex.join(words)} is not run, or how it is"
-    check_script(words)
+@pytest.mark.parametrize("page", sorted({block.page for block, _ in COMMANDS}))
+def test_commands_are_understood(page: str, desk: Desk) -> None:
+  """Those of a page one after the other, since later ones may need what earlier ones leave."""
+  for block, words in COMMANDS:
+    if block.page != page or any(shlex.join(words).startswith(begin) for begin in NOT_RUN):
+      continue
+    if words[0].rpartition("/")[2] == "pip":
+      check_extras(words)
+    elif words[0] in ("echo", "python") and words[1] != "-m":
+      run_in_bash(words, desk.folder)
+    elif command := package_command(words):
+      check_script(words)
+      read_or_run(block, *command, desk)
+    else:
+      assert words[0] == "bash", f"{block}: say in NOT_RUN why {shlex.join(words)} is not run, or how it is"
+      check_script(words)
 
 
 def check_extras(words: list[str]) -> None:
