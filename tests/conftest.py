@@ -2,14 +2,16 @@
 
 import os
 
-# Tests compile far longer than they run: the compiler is to be quick, and whatever it has made once is kept. The same
-# holds for the processes that tests start, but for the number of devices.
+# Tests compile far longer than they run: the compiler is to be quick (its newer emitters alone take twice as long as
+# those before them), and whatever it has made once is kept. The same holds for the processes that tests start, but for
+# the number of devices.
 os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([
   *os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_optimization_level=0",
-  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
 ]))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import collections
 import dataclasses
 import json
 import math
@@ -191,6 +193,12 @@ def assert_trees_close(actual: Any, expected: Any, atol: float, message: str = "
     jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves_with_path(expected), strict=True
   ):
     np.testing.assert_allclose(a, e, atol=atol, rtol=0, err_msg=f"{message}{jax.tree_util.keystr(path)}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Files with slow tests come first: whichever worker has the last one is not to work on alone for long."""
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+  items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
