@@ -10,4 +10,5 @@ $python -m ruff check
 echo "mypy"
 $python -m mypy
 echo "pytest"
-$python -m pytest -n 2 "$@"
+# A file stays with one worker, so that what its tests share is made once.
+$python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

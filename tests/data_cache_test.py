@@ -309,7 +309,7 @@ nodes = [(str(i), config.Tagged(base, str(i))) for i in range(150)]
 data = config.DataConfig(cache={str(tmp_path / "cache")!r})
 print(len(cache.load(nodes, data, tokenizer.ByteTokenizer(), lambda line: None)))
 """
-  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
   assert done.stdout == "150\n", done.stderr
 
 
@@ -345,7 +345,7 @@ def test_two_processes_at_once_make_it_once(tmp_path: Path, data: config.DataCon
   _folder(tmp_path / "texts", 200_000)
   command = [sys.executable, "-c", _SCRIPT, str(tmp_path / "texts"), data.cache]
   running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-  outputs = [process.communicate(timeout=120)[0].split() for process in running]
+  outputs = [process.communicate(timeout=600)[0].split() for process in running]
   assert [process.returncode for process in running] == [0, 0]
   assert outputs[0][1] == outputs[1][1]
   assert len(_made(data)) == 1

@@ -212,4 +212,4 @@ warnings.simplefilter("error")
 documents = hugging_face.open_hugging_face(config.HuggingFace({str(folder)!r}), "error").documents()
 assert len(list(documents)) == 5 and "datasets" in sys.modules
 """
-  subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={"HF_HOME": str(tmp_path)})
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=600, env={"HF_HOME": str(tmp_path)})

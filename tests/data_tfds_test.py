@@ -220,4 +220,4 @@ warnings.simplefilter("error")
 assert len(list(tfds.open_tfds(config.Tfds("little", {str(prepared)!r}), "error").documents())) == 300
 assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
 """
-  subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

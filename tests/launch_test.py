@@ -72,7 +72,7 @@ class Desk:
     """Runs a script to its end."""
     return subprocess.run(
       ["bash", str(self.repository / "launch" / script), *arguments], env=self.environment(env), cwd=self.folder,
-      stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+      stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
     )
 
   def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -29,7 +29,7 @@ class Machine:
     """Runs launch/worker.sh to its end."""
     return subprocess.run(
       ["bash", str(self.repository / "launch/worker.sh"), *arguments], env=self.environment(), capture_output=True,
-      stdin=subprocess.DEVNULL, text=True, timeout=120, check=False,
+      stdin=subprocess.DEVNULL, text=True, timeout=600, check=False,
     )
 
 
@@ -82,7 +82,7 @@ def test_a_worker_goes_on_when_its_connection_is_lost_and_the_same_command_follo
   assert _first_line(second) == "begun it's  two\n"  # from the log
   assert "running: begun" in worker.run("status").stdout
   (worker.folder / "end").write_text("3")
-  second.communicate(timeout=60)
+  second.communicate(timeout=600)
   assert second.returncode == 3
   assert (worker.folder / "starts").read_text() == "x"
   assert "ended with exit code 3" in worker.run("status").stdout
@@ -107,7 +107,7 @@ def test_a_worker_that_is_told_to_stop_saves_and_says_so_and_can_begin_again(wor
   follower = _follow(worker, *_training(worker))
   _first_line(follower)
   assert worker.run("stop").returncode == 0
-  follower.communicate(timeout=60)
+  follower.communicate(timeout=600)
   assert follower.returncode == 75
   (worker.folder / "end").write_text("0")
   assert worker.run("run", *_training(worker)).returncode == 0
@@ -119,7 +119,7 @@ def test_a_worker_does_not_train_two_things_at_once(worker: Machine) -> None:
   _first_line(follower)
   other = worker.run("run", *_training(worker, "another"))
   (worker.folder / "end").write_text("0")
-  follower.communicate(timeout=60)
+  follower.communicate(timeout=600)
   assert other.returncode == 2 and "something else is running" in other.stderr
   assert (worker.folder / "starts").read_text() == "x"
 
@@ -129,7 +129,7 @@ def test_a_killed_command_has_the_exit_code_of_one(worker: Machine) -> None:
   _first_line(follower)
   pid, = (worker.repository / ".venv/worker").glob("*/pid")
   os.killpg(int(pid.read_text()), signal.SIGKILL)
-  follower.communicate(timeout=60)
+  follower.communicate(timeout=600)
   assert follower.returncode == 137
-  time.sleep(0.1)
-  assert "idle" in worker.run("status").stdout
+  while "idle" not in (status := worker.run("status").stdout):  # it is noticed a little later
+    assert "running" in status

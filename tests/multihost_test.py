@@ -19,8 +19,18 @@ NAMES = [f"n{i}" for i in range(7)]
 # Seven leaves on four devices: eight rows, two on each device, so that nodes 0 to 3 are the first of two processes'.
 # A process finds only the texts of its own nodes: reading any other would fail.
 CONFIG = f"""
-import os
-from worldlm_jax import config as c
+import os, time
+from worldlm_jax import config as c, train
+
+if "HOLD" in os.environ:  # goes on with the second round when it has been told to stop
+  real = train._Run._round
+
+  def hold(self, index, feed):
+    while index and not self.stop.name:
+      time.sleep(0.01)
+    return real(self, index, feed)
+
+  train._Run._round = hold
 
 def get_config():
   leaves = [c.Node(f"n{{i}}", c.Files(f"{{os.environ['TEXTS']}}/n{{i}}")) for i in range({len(NAMES)})]
@@ -41,18 +51,19 @@ class Cluster:
     self.started: list[subprocess.Popen[str]] = []
     (folder / "config.py").write_text(CONFIG)
 
-  def start(self, workdir: Path, texts: list[Path], devices: int, *flags: str) -> list[subprocess.Popen[str]]:
-    """One process for each of `texts`, with so many devices."""
+  def start(
+    self, workdir: Path, texts: list[Path], devices: int, *flags: str, hold: int = -1
+  ) -> list[subprocess.Popen[str]]:
+    """One process for each of `texts`, with so many devices; process `hold` waits for SIGTERM in its second round."""
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
     processes = []
     for i, own in enumerate(texts):
       environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "XDG_CACHE_HOME": str(self.folder / f"cache{i}"), "JAX_PLATFORMS": "cpu", "TEXTS": str(own),
-        "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"), "PYTHONUNBUFFERED": "1",
-      }
+        "JAX_NUM_CPU_DEVICES": str(devices), "XDG_CACHE_HOME": str(self.folder / f"cache{i}"), "JAX_PLATFORMS": "cpu",
+        "TEXTS": str(own), "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"), "PYTHONUNBUFFERED": "1",
+      } | ({"HOLD": ""} if i == hold else {})
       joined = [f"--coordinator=localhost:{port}", f"--num_processes={len(texts)}", f"--process_id={i}"]
       command = [sys.executable, "-m", "worldlm_jax.main", f"--config={self.folder / 'config.py'}",
                  f"--workdir={workdir}", *flags, *(joined if len(texts) > 1 else [])]
@@ -65,7 +76,7 @@ class Cluster:
 
   def finish(self, processes: list[subprocess.Popen[str]], code: int = 0) -> list[tuple[str, str]]:
     """Output and errors of processes that all end with `code`."""
-    found = [process.communicate(timeout=300) for process in processes]
+    found = [process.communicate(timeout=600) for process in processes]
     for process, (output, errors) in zip(processes, found, strict=True):
       assert process.returncode == code, output + errors
     return found
@@ -151,7 +162,7 @@ def test_a_signal_to_one_stops_both_and_one_process_on_another_mesh_goes_on(
   cluster: Cluster, alone: Path, texts: Path, tmp_path: Path
 ) -> None:
   workdir = tmp_path / "run"
-  processes = cluster.start(workdir, _halves(tmp_path), 2)
+  processes = cluster.start(workdir, _halves(tmp_path), 2, hold=1)
   while not (line := processes[0].stdout.readline()).startswith("round 1/"):  # type: ignore[union-attr]
     assert line, processes[0].stderr.read()  # type: ignore[union-attr]
   processes[1].send_signal(signal.SIGTERM)

@@ -287,7 +287,7 @@ def test_here_is_this_computer():
 def test_the_command_needs_a_plan_or_a_folder():
   def run(*flags):
     command = [sys.executable, "-m", "worldlm_jax.main", "--config=configs/synthetic.py", *flags]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ, timeout=300)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ, timeout=600)
 
   planned, refused, unknown = run("--plan", "--machine=v5p-128"), run(), run("--plan", "--machine=v5p")
   assert planned.returncode == 0 and "64 tpu device(s) of 102 GB, 16 process(es)" in planned.stdout, planned.stderr

@@ -229,7 +229,7 @@ def test_a_killed_call_is_continued_to_the_same_bits(
   source, _ = pile
   out, whole = tmp_path / "out", tmp_path / "whole"
   done = subprocess.run([sys.executable, "-c", _KILLED, place, str(out), source, str(limit)], cwd=REPOSITORY,
-                        capture_output=True, timeout=60)
+                        capture_output=True, timeout=600)
   assert done.returncode == -signal.SIGKILL, done.stderr
   assert _done(out) == PILE_INPUTS[:2]
   with (out / ".prepare/manifest.jsonl").open("a") as file:
@@ -561,7 +561,7 @@ def test_the_time_left_follows_speed_and_size(monkeypatch: pytest.MonkeyPatch) -
 
 def _command(*arguments: str | Path) -> tuple[int, str, str]:
   done = subprocess.run([sys.executable, "-m", "worldlm_jax.prepare", *map(str, arguments)], cwd=REPOSITORY,
-                        capture_output=True, text=True, timeout=60)
+                        capture_output=True, text=True, timeout=600)
   return done.returncode, done.stdout, done.stderr
 
 
@@ -589,7 +589,7 @@ def read_jsonl(stream, origin, *arguments):
   yield from real(stream, origin, *arguments)
   if origin.endswith("val.jsonl.zst"):
     print("half-way", flush=True)
-    for _ in range(300):  # a signal just before a sleep does not end it
+    for _ in range(6000):  # a signal just before a sleep does not end it
       time.sleep(0.1)
 files.read_jsonl = read_jsonl
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
@@ -605,7 +605,7 @@ def test_signals_end_it_with_75(pile: tuple[str, Places], tmp_path: Path, number
                         stderr=subprocess.PIPE, text=True) as process:
     assert process.stdout and any("half-way" in line for line in process.stdout)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
   assert process.returncode == 75
   assert errors == (
     f"interrupted: 1 of 5 input files are complete in {tmp_path / 'out'}; run the same command again to go on:\n"
@@ -628,7 +628,7 @@ def test_the_script_sets_up_and_prepares(pile: tuple[str, Places], tmp_path: Pat
   done = subprocess.run(
     ["bash", repository / "launch/prepare.sh", "--corpus=pile", "--out=data/pile", f"--source={pile[0]}",
      "--max_bytes_per_node=1_000_000"],
-    capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment,
+    capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment,
   )
   assert done.returncode == 0, done.stderr
   assert "-e .[data]" in (repository / "pip.log").read_text()

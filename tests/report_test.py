@@ -298,9 +298,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, files_there: dict[str
 def test_the_command(tmp_path: Path) -> None:
   write_run(tmp_path / "run", config_of(node("alone"), 1))
   command = [sys.executable, "-m", "worldlm_jax.report"]
-  done = subprocess.run([*command, f"--workdir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=120)
+  done = subprocess.run([*command, f"--workdir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=600)
   assert (done.returncode, done.stdout, done.stderr) == (0, f"report: {tmp_path / 'run' / 'report.html'}\n", "")
-  done = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True, timeout=120)
+  done = subprocess.run([*command, f"--workdir={tmp_path}"], capture_output=True, text=True, timeout=600)
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith(f"error: --workdir={str(tmp_path)!r}: expected a folder")
   assert done.stderr.count("\n") == 1
@@ -310,7 +310,7 @@ def test_a_missing_matplotlib_is_one_line(run_folder: Path) -> None:
   without = "import runpy, sys; sys.modules['matplotlib'] = None; "
   without += "runpy.run_module('worldlm_jax.report', run_name='__main__')"
   done = subprocess.run([sys.executable, "-c", without, f"--workdir={run_folder}"], capture_output=True, text=True,
-                        timeout=120)
+                        timeout=600)
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr == ("error: matplotlib is not installed, with which the charts are drawn: "
                          "pip install 'worldlm_jax[report]'\n")

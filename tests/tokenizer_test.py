@@ -93,7 +93,7 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
   def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "worldlm_jax.tokenizer", "--config=configs/folder.py",
                f"--config.federation.folder={world}", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=os.environ)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, env=os.environ)
 
   done = run(f"--out={out}", "--vocab_size=5000")
   assert (done.returncode, done.stderr) == (0, "")

@@ -2,9 +2,9 @@
 
 A checkpoint holds the state of every node, each process writing and reading its own shards, and a JSON record of where
 the run stands. It can be restored onto another number of devices or processes and another mesh: ghosts are cut off or
-added at the end of the node axis. The record has a checksum of the arrays without ghosts, since Orbax does not notice a
-flipped bit. Once the checkpoint is complete, the sizes of its files are noted beside it, so that missing and cut files
-are found before Orbax stumbles over them.
+added at the end of the node axis. The record has a checksum of the arrays without ghosts and one of itself, since Orbax
+does not notice a flipped bit in either. Once the checkpoint is complete, the sizes of its files are noted beside it, so
+that missing and cut files are found before Orbax stumbles over them.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ class Checkpoints:
     """Begins to save; returns once the arrays are copied. Failures surface here or in `wait`. Collective."""
     self.wait()
     record = record | {"checksum": self._checksum(state), "structure": self._structure(state)}
+    record |= {"record_checksum": _record_checksum(record)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(list(state)), record=ocp.args.JsonSave(record))
     self._explained(lambda: self._manager.save(
       number, args=items, metrics=None if loss_nats is None else {"loss_nats": loss_nats}, force=True
@@ -123,6 +125,8 @@ class Checkpoints:
     if (note := folder / SIZES).exists() and json.loads(note.read_text()) != _sizes(folder):
       raise ValueError("files are missing or cut short")
     record = dict(self._manager.restore(number, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
+    if record.pop("record_checksum") != _record_checksum(record):
+      raise ValueError("the record does not have the checksum it was saved with")
     saved, wanted = record.pop("structure"), self._structure(abstract)
     if saved != wanted:
       raise _AnotherStructure("; ".join(config_lib.differences(saved, wanted)[:3]))
@@ -229,6 +233,11 @@ def stored(folder: Path) -> list[Path]:
 
 class _AnotherStructure(Exception):
   """The checkpoint is intact, but of a state with other arrays."""
+
+
+def _record_checksum(record: dict[str, Any]) -> str:
+  """Of plain JSON values: the same when they have been written and read again, in whatever order."""
+  return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _sizes(folder: Path) -> dict[str, int]:
