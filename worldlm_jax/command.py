@@ -67,7 +67,7 @@ class Flags:
   def help(self) -> str:
     """What the command does, its flags, and its exit codes."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
-    own, lines = _own_flags(), [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
+    own, lines = _own_flags(), [str(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
     column = 4 + max((len(_usage(flag)) for flag in own), default=0)
     for flag in sorted(own, key=lambda flag: flag.name not in self.required):
       text = (flag.help or "").partition(REPEATED)[0]

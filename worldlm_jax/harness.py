@@ -77,10 +77,13 @@ class NodeLM(LM):
     for alike in groups.values():
       wanted = _Wanted.of(requests[alike[0]].args[1], self._length)
       prompts = [self._prompt(requests[i].args[0], self._length - wanted.max_tokens) for i in alike]
+
+      def ended(ids: Sequence[int], stops: Any = wanted.stops) -> bool:
+        return self._cut(ids, stops)[1]
+
       added = continuation.continue_all(
         self._arch, params, prompts, self._tokenizer.vocab_size, max_tokens=wanted.max_tokens,
-        ended=lambda ids, stops=wanted.stops: self._cut(ids, stops)[1], sampling=wanted.sampling,
-        tokens_at_once=self._tokens_at_once,
+        ended=ended, sampling=wanted.sampling, tokens_at_once=self._tokens_at_once,
       )
       for i, ids in zip(alike, added, strict=True):
         found[i] = self._cut(ids, wanted.stops)[0]

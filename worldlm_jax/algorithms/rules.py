@@ -322,7 +322,7 @@ def _takes(
 
 def _where_active(nodes: NodeInputs, after: LevelState, before: LevelState) -> LevelState:
   """What `down` leaves: the rest as it was before. Rules see to parameters themselves, in place; updates stay."""
-  kept = {"params": None, "update": None}
+  kept: Any = {"params": None, "update": None}
   chosen = trees.where(nodes.active, after._replace(**kept), before._replace(**kept))
   return chosen._replace(params=before.params, update=before.update)
 
