@@ -157,7 +157,7 @@ class Tasks:
     self.names = list(dict.fromkeys(match for name in names for match in self._matching(name)))
     for name in self.names:
       try:
-        self._manager.load_task_or_group(name)
+        self._manager.load([name])
       except Exception as error:  # each kind of data set raises its own
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         checks.fail("--tasks", name, f"a task whose data can be had ({reason})",
