@@ -281,7 +281,10 @@ class Engine:
       trained = trained._replace(params=params, opt_state=opt_state)
     moved = {part: trees.subtract(trained.params[part], own.params[part]) for part in self.algorithm.tracks}
     if guards is not None and own.private is not None:
-      trained, moved, private = self._released(own.params, took_part, trained, moved, own.private, guards)
+      params, moved, private = release.after_training(
+        own.params, trained.params, moved, took_part, own.private, guards, self.mesh
+      )
+      trained = trained._replace(params=params)
       own = own._replace(private=trees.where(took_part, private, own.private))
     weight = work.weight if self.algorithm.weights == "text" else jnp.float32(trained.tokens)
     weight = jnp.where(took_part, weight, 0.0)
@@ -291,23 +294,6 @@ class Engine:
       trained=own.trained | took_part, fresh=own.fresh | took_part,
     )
     return new, (trained.losses, trained.steps, trained.tokens)
-
-  def _released(
-    self, begun: model.Params, took_part: jax.Array, trained: local.Trained, moved: trees.PyTree,
-    private: release.Private, guards: release.Guard,
-  ) -> tuple[local.Trained, trees.PyTree, release.Private]:
-    """Training as it goes on from here: with what is released of the updates in their place."""
-    if not (self.algorithm.tracks and policy.any_updates(self.federation)):
-      return trained, moved, private._replace(draws=private.draws + 1)
-    # What a federation hands down to its members leaves it too, so it goes on from its release.
-    gives_up = took_part & guards.hands_down & guards.clips & jnp.isfinite(private.clip)
-    moved, private = partition.per_device(jax.vmap(release.release), self.mesh)(moved, private, guards)
-    params = {
-      part: trees.where(gives_up, trees.add(begun[part], moved[part]), trained.params[part]) for part in moved
-    }
-    nothing = trees.zeros_like(private.withheld)
-    private = private._replace(withheld=trees.where(gives_up, nothing, private.withheld))
-    return trained._replace(params=trained.params | params), moved, private
 
   def score(
     self, state: state_lib.State, level: int, evaluation: Evaluation, mask: np.ndarray

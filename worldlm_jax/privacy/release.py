@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from worldlm_jax import trees
+from worldlm_jax import partition, trees
 
 NOISE, SHARE, MEAN, MEAN_SHARE, EXAMPLES = range(5)  # what a draw is for
 
@@ -121,6 +121,29 @@ def release(update: trees.PyTree, private: Private, guard: Guard) -> tuple[trees
   return released, Private(
     trees.subtract(update, released), jnp.where(guard.adapts, moved, private.clip), within, private.draws + 1
   )
+
+
+def after_training(
+  begun: Any, trained: Any, update: trees.PyTree, took_part: jax.Array, private: Private, guards: Guard,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Any, trees.PyTree, Private]:
+  """A level as it goes on once it has trained: its parameters, and what is released of its updates in their place.
+
+  Args:
+    begun, trained: parameters, leaves `[N, ...]`.
+    update: by part that leaves its node; nothing where no update is protected.
+    took_part: bool `[N]`; what is given for others is not to be used, but for their parameters.
+    private, guards: `[N]`.
+    mesh: where all of it lies.
+  """
+  if not private.withheld:
+    return trained, update, private._replace(draws=private.draws + 1)
+  # What a federation hands down to its members leaves it too, so it goes on from its release.
+  gives_up = took_part & guards.hands_down & guards.clips & jnp.isfinite(private.clip)
+  released, private = partition.per_device(jax.vmap(release), mesh)(update, private, guards)
+  params = {part: trees.where(gives_up, trees.add(begun[part], released[part]), trained[part]) for part in released}
+  nothing = trees.zeros_like(private.withheld)
+  return trained | params, released, private._replace(withheld=trees.where(gives_up, nothing, private.withheld))
 
 
 def next_clip(key: jax.Array, norm: jax.Array, share: jax.Array, members: Any, guard: Guard) -> jax.Array:
