@@ -1,7 +1,8 @@
 """What one hostile member of six does to the others, and what guards and robust aggregation leave of it.
 
   python -m benchmarks.hostile [--attacks=nan,100x,flip,noise,constant] [--defences=none,guards,median]
-                               [--branching=2,3] [--hostile=a/a] [--rounds=12] [--local_steps=25] [--out=FILE]
+                               [--algorithm=worldlm] [--branching=2,3] [--hostile=a/a] [--rounds=12]
+                               [--local_steps=25] [--out=FILE]
 
 A federation of artificial languages trains with the engine of the program, once for each attack and defence. Between
 its training and its federation's up-phase, the hostile member's update is replaced: by NaN, by 100 times itself (100x),
@@ -58,7 +59,8 @@ def config(args: argparse.Namespace, defence: str) -> c.Config:
   tree = c.SyntheticTree(tuple(args.branching), divergence=0.3, train_bytes=60_000, eval_bytes=15_000)
   limits, backbone = DEFENCES[defence]
   return c.Config(
-    rounds=args.rounds, seed=args.seed, federation=c.FederationConfig(synthetic=tree), guards=limits, backbone=backbone,
+    algorithm=args.algorithm, rounds=args.rounds, seed=args.seed, federation=c.FederationConfig(synthetic=tree),
+    guards=limits, backbone=backbone,
     node=c.NodeSettings(local_steps=args.local_steps, batch_size=4, learning_rate=6e-3, warmup_steps=20),
     model=model.PRESETS["nano"](), data=c.DataConfig(sequence_length=64),
   )
@@ -76,6 +78,7 @@ class Federation:
     self.texts = batches.load(sources, config.data, tokenizer)
     self.tokens = {path: text.text.splits["train"].counts.tokens for path, text in self.texts.items()}
     algorithm = algorithms.make(config, arch, self.federation)
+    algorithm = algorithm._replace(tracks=algorithm.shares)  # an attack is made of the update
     self.engine = engine_lib.Engine(
       config, self.federation, arch, partition.make_mesh(jax.devices()[:1]), algorithm, self.tokens,
       [e.arrays() for e in self._evaluations("valid", 8)],
@@ -139,9 +142,15 @@ class Federation:
       sent = jax.tree.map(lambda leaf: leaf * own / length, random)
     else:
       sent = jax.tree.map(lambda leaf: leaf * {"nan": math.nan, "100x": 100.0, "flip": -1.0}[attack], sent)
-    update = jax.tree.map(lambda leaf, new: leaf.at[row].set(new), state[level].update, sent)
-    spread = jax.tree.map(lambda leaf: leaf.sharding, state[level].update)
-    return (*state[:level], state[level]._replace(update=jax.device_put(update, spread)), *state[level + 1 :])
+    own = state[level]
+    update = jax.tree.map(lambda leaf, new: leaf.at[row].set(new), own.update, sent)
+    params = own.params
+    if not self.engine.algorithm.goes_own_way:  # what is averaged are models, and the member's own does not last
+      moved = {part: trees.subtract(update[part], own.update[part]) for part in update}
+      params = params | {part: trees.add(params[part], moved[part]) for part in moved}
+    changed = own._replace(update=update, params=params)
+    changed = jax.device_put(changed, jax.tree.map(lambda leaf: leaf.sharding, own))
+    return (*state[:level], changed, *state[level + 1 :])
 
   def _scores(self, state: state_lib.State, step: schedule.Step) -> dict[str, float]:
     found, test = self.engine.score(state, step.level, self._test[step.level], step.active), self._test[step.level]
@@ -157,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Table]:
   parser = measuring.parser(__doc__)
   parser.add_argument("--attacks", default="nan,100x,flip,noise,constant", help="of " + ", ".join(ATTACKS))
   parser.add_argument("--defences", default="none,guards,median", help="of " + ", ".join(DEFENCES))
+  parser.add_argument("--algorithm", default="worldlm", choices=("worldlm", "fedavg", "hierfavg"))
   parser.add_argument("--branching", default=[2, 3], type=measuring.whole_numbers)
   parser.add_argument("--hostile", default="a/a", help="path of the hostile member")
   parser.add_argument("--rounds", type=int, default=12)
