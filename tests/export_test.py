@@ -111,6 +111,7 @@ def _texts(folder: Path) -> Path:
   return folder
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_model_and_its_own_can_be_exported(
   stored: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def _written(folder: Path, arch: model.Architecture, shard_bytes: int = 10**9, *
   return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_transformers_computes_the_same_logits(tmp_path: Path, name: str) -> None:
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

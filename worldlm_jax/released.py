@@ -154,7 +154,8 @@ def _models(
     used = stored.rows(level, "params", abstract, rows)
     trusts = stored.rows(level, "trust", np.float32(0), rows)
     if (trusts != 1).any():
-      used = jax.device_get(trust_lib.used(used, _parents(stored, run, abstract, level, here), trusts))
+      with jax.default_device(jax.local_devices(backend="cpu")[0]):  # all of them may be too many for an accelerator
+        used = jax.device_get(trust_lib.used(used, _parents(stored, run, abstract, level, here), trusts))
     for i, path in enumerate(here):
       found[path] = jax.tree.map(lambda leaf, i=i: leaf[i], used), float(trusts[i])
   for path, (params, _) in found.items():
