@@ -17,20 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from worldlm_jax import attendance, local, model, oracle_guards, oracle_privacy, plain, schedule
+from worldlm_jax import attendance, local, model, oracle_guards, oracle_nodes, oracle_privacy, plain, schedule
 from worldlm_jax.config import Config
 from worldlm_jax.exchange import backbone as backbone_lib, relevance, trust
 from worldlm_jax.federation import Federation, Member
-from worldlm_jax.oracle_nodes import (
-  Edge,
-  NodeState,
-  Residual,
-  Shared,
-  attended_updates,
-  loss,
-  optimizer_step,
-  routing_score,
-)
+from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared
 from worldlm_jax.oracle_rules import Rules, capped
 from worldlm_jax.plain import Layers
 from worldlm_jax.privacy import policy
@@ -65,8 +56,8 @@ class Oracle:
     params = jax.tree.map(jnp.asarray, params)
     self.shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["key_layers"])]
     self.num_layers = arch.num_key_layers
-    self._step = jax.jit(functools.partial(optimizer_step, arch, config.optimizer))
-    self._one_gradient = jax.jit(jax.grad(lambda p, windows_1xW: loss(arch, p, windows_1xW)))
+    self._step = jax.jit(functools.partial(oracle_nodes.optimizer_step, arch, config.optimizer))
+    self._one_gradient = jax.jit(jax.grad(lambda p, windows_1xW: oracle_nodes.loss(arch, p, windows_1xW)))
     self.server = backbone_lib.server_optimizer(config.backbone)
     self.nodes = {
       m.path: NodeState(
@@ -223,7 +214,7 @@ class Oracle:
     node.received = []
     for i in range(self.num_layers):
       offers = [r for r in pool if r.index == i]
-      ranked = sorted(offers, key=lambda r: -routing_score(keys.similarity, *query, pool, r))
+      ranked = sorted(offers, key=lambda r: -oracle_nodes.routing_score(keys.similarity, *query, pool, r))
       node.received += ranked[: keys.residuals_received]
     received = node.received
 
@@ -236,7 +227,7 @@ class Oracle:
       others += [last[s].update for s in siblings if self.rules.looks_at(q.path, s) and last[s].fresh
                  and last[s].gain >= self.rules.least_gain(s)]
       candidates = [[plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)]
-      addition = attended_updates(keys, self._units(), update, candidates)
+      addition = oracle_nodes.attended_updates(keys, self._units(), update, candidates)
       if self.rounds:
         addition = self.edge.added(node, addition)
       own = node.key_layers
@@ -400,7 +391,7 @@ class Oracle:
 
   def _loss(self, q: Member, params: model.Params) -> float:
     windows = self.validation[q.path]
-    return float(loss(self.arch, params, windows)) / np.count_nonzero(windows[:, 1:] >= 0)
+    return float(oracle_nodes.loss(self.arch, params, windows)) / np.count_nonzero(windows[:, 1:] >= 0)
 
   def _gain(self, q: Member, above: NodeState) -> float:
     """How much lower the loss of a node's own model is than that of its parent's, as far as that crosses the edge."""
