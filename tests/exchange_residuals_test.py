@@ -72,7 +72,7 @@ def test_route_takes_the_best_eligible_with_its_origin_and_round(count):
   scores = np.where(MASK, scores, np.nan).astype(np.float32)
   eligible = np.array([True, True, False, True, True])
   pool = pool_of(MASK)
-  found = route(pool, eligible, scores, count=count)
+  found = route(pool, eligible[:, None], scores, count=count)
   expected = []
   for m in range(M):
     there = sorted((s for s in range(S) if MASK[s, m] and eligible[s]), key=lambda s: -scores[s, m])[:count]
@@ -86,7 +86,7 @@ def test_route_takes_the_best_eligible_with_its_origin_and_round(count):
 
 
 def test_nothing_is_routed_where_nothing_is_eligible():
-  found = route(pool_of(MASK), np.zeros(S, bool), np.ones((S, M), np.float32), count=2)
+  found = route(pool_of(MASK), np.zeros((S, 1), bool), np.ones((S, M), np.float32), count=2)
   assert not np.any(found.present)
 
 

@@ -118,7 +118,8 @@ def unbroken(texts, tmp_path_factory):
 def outcome(process: subprocess.CompletedProcess, workdir: Path):
   summary = json.loads((workdir / "summary.json").read_text())
   del summary["seconds"], summary["waiting_for_data_share"]
-  return process.stdout.split("digest ")[1].split()[0], (workdir / "metrics.jsonl").read_text(), summary
+  records = [(workdir / name).read_text() for name in ("metrics.jsonl", "receipts.jsonl")]
+  return process.stdout.split("digest ")[1].split()[0], records, summary
 
 
 @pytest.mark.slow
@@ -395,6 +396,22 @@ def test_rows_name_their_sources_and_count_their_bytes(texts, finished):
   assert all(layer == shares for layer in last["b"]["attention_up"])
   assert last["b"]["tokens"] == 0 and "personalised" not in last["b"] and "loss_nats" not in last["b"]
   assert last["a/p"]["tokens"] == ROUNDS * 2 * 3 * 13
+
+
+def test_receipts_account_for_every_byte(finished):
+  rows, receipts = (metrics.read_jsonl(finished / name) for name in ("metrics.jsonl", "receipts.jsonl"))
+  for row in rows:
+    here = [r for r in receipts if r["round"] == row["round"]]
+    assert row["bytes_up"] == sum(r["bytes"] for r in here if r["phase"] == "up" and r["from"] == row["node"])
+    assert row["bytes_down"] == sum(r["bytes"] for r in here if r["phase"] == "down" and r["to"] == row["node"])
+  assert all(r["decision"] == "sent" and r["rule"] == "" and r["privacy_cost"] is None for r in receipts)
+  assert all(r["norm"] > 0 for r in receipts if r["phase"] != "attention" and (r["phase"], r["part"]) != (
+    "up", "residual_layer") and r["round"] == 0 and r["part"] != "addition")
+  up = {(r["from"], r["part"]): r for r in receipts if r["round"] == ROUNDS - 1 and r["phase"] == "up"}
+  assert sum(up[path, "backbone"]["weight"] for path in ("b/r", "b/s")) == pytest.approx(1, abs=1e-5)
+  assert all(r["reach"] == "." for (_, part), r in up.items() if part != "residual_layer")
+  given = {(r["from"], r["weight"]) for r in receipts if r["phase"] == "attention" and r["to"] == "a/p"}
+  assert all(source in ("a", "a/q") and weight > 0 for source, weight in given)
 
 
 def test_the_summary_adds_up(finished):

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from worldlm_jax import checks, config as config_lib, distributed, metrics, trees
+from worldlm_jax import checks, distributed, metrics, trees
 from worldlm_jax.config import CheckpointConfig
 from worldlm_jax.federation import Federation
 from worldlm_jax.state import State
@@ -129,7 +129,7 @@ class Checkpoints:
       raise ValueError("the record does not have the checksum it was saved with")
     saved, wanted = record.pop("structure"), self._structure(abstract)
     if saved != wanted:
-      raise _AnotherStructure("; ".join(config_lib.differences(saved, wanted)[:3]))
+      raise _AnotherStructure("; ".join(checks.differences(saved, wanted)[:3]))
     # Not strict: the node axis is cut or filled up with zeros to the number of rows that this mesh wants.
     arrays = ocp.args.StandardRestore(list(abstract), strict=False)
     found = self._manager.restore(number, args=ocp.args.Composite(state=arrays))

@@ -1,6 +1,7 @@
 """Validators: each raises `InputError`, a `ValueError`, with name=value, what was expected, and the remedy."""
 
 import difflib
+import json
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
@@ -36,3 +37,15 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
   close = difflib.get_close_matches(str(value), choices, n=1)
   close = close or [last[name] for name in difflib.get_close_matches(str(value).rpartition("/")[2], last, n=1)]
   return f"did you mean {close[0]!r}?" if close else ""
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+  """The dotted names of the fields in which two `config.to_dict` results differ, with both values."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+      found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    return found
+  if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
+  return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} here"]

@@ -180,7 +180,7 @@ class _Comparison:
       there, here = (
         _comparable(config) | {"federation": None} for config in (record["config"], config_lib.to_dict(planned.config))
       )
-      found = config_lib.differences(there, here)
+      found = checks.differences(there, here)
       checks.require(not found, "--workdir", str(self._path(planned)), f"a run of this configuration ({planned})",
                      f"it differs in: {'; '.join(found[:8])}. Choose another folder, or start afresh with --overwrite")
 

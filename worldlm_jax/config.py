@@ -5,7 +5,6 @@ only ever sees plain arguments and frozen specs made from these.
 """
 
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -63,6 +62,15 @@ class NodeSettings:
   deadline_seconds: float = math.inf  # simulated; members who take longer are late
   late_weight: float = 0.5  # factor on the weight of a late update for each round that it is late; 0: it is discarded
   quorum: float = 0.0  # share of those asked who must be in time, lest the federation keep its state
+  # Whom what the node has learnt may reach (see sharing.py): anyone | federation, that it is a member of | nobody |
+  # paths of nodes, such as "law,code/data", each with all below it.
+  share_backbone: str = "anyone"
+  share_key_layers: str = "anyone"
+  share_residuals: str = "anyone"  # its residual layers; never wider than share_key_layers
+  accept_from: str = "anyone"  # whose updates it takes in from outside; the same words
+  members: str = "anyone"  # of a federation: which of its members it exchanges anything with; anyone | paths
+  member_weight_cap: float = 1.0  # of a federation: the largest weight of a member in its means
+  quality_floor: float = 0.0  # of a federation: how many times better than its model a member's must be; 0: no floor
 
 
 @dataclasses.dataclass(slots=True)
@@ -401,15 +409,3 @@ def to_dict(config: Any) -> Any:
   if isinstance(config, float) and not math.isfinite(config):
     return str(config)
   return config
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-  """The dotted names of the fields in which two `to_dict` results differ, with both values."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-      found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
-    return found
-  if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-    return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
-  return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} here"]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldlm_jax import links, local, model, partition, rngs, schedule, scoring, state as state_lib, trees
+from worldlm_jax import links, local, model, partition, rngs, schedule, scoring, settling, state as state_lib, trees
 from worldlm_jax.algorithms import rules
 from worldlm_jax.config import Config
 from worldlm_jax.data.evaluation import Evaluation
@@ -82,7 +82,8 @@ class Engine:
 
   def _topologies(self) -> list[state_lib.Topology]:
     levels = range(len(self.federation.levels))
-    return [state_lib.topology(self.federation, level, self.mesh, self.home) for level in levels]
+    governance = self.algorithm.governance
+    return [state_lib.topology(self.federation, level, self.mesh, self.home, governance) for level in levels]
 
   def init(self) -> state_lib.State:
     """The state before the first round; every node starts from the same parameters."""
@@ -104,7 +105,9 @@ class Engine:
 
   def _init(self, key: jax.Array, initial: model.Params | None = None) -> state_lib.State:
     params = initial or model.init(self.arch, key)
-    return state_lib.init(self.config, self.federation, self.topologies, params, self.algorithm.tracks)
+    return state_lib.init(
+      self.config, self.federation, self.topologies, params, self.algorithm.tracks, self.algorithm.governance
+    )
 
   def down(
     self, state: state_lib.State, step: schedule.Step, round_index: int
@@ -124,7 +127,7 @@ class Engine:
       ("down", level), phase, state[level], above, deeper, heard, self._inputs(level, step, "down"),
       self._phase(step, round_index), mesh=self.home,
     )
-    return _with_level(state, level, new), log
+    return state_lib.with_level(state, level, new), log
 
   def up(
     self, state: state_lib.State, step: schedule.Step, round_index: int
@@ -147,7 +150,7 @@ class Engine:
       self._inputs(level, step, "up"),
       self._phase(step, round_index), guards, mesh=self.home,
     )
-    return _with_level(state, level, new), log
+    return state_lib.with_level(state, level, new), log
 
   def move(self, state: state_lib.State, moves: Sequence[tuple[str, str]]) -> state_lib.State:
     """Copies all that nodes hold from one place to another; pairs of paths, from and to."""
@@ -156,7 +159,7 @@ class Engine:
       (old, row), (new, to) = places[before], places[after]
       moved = self._call(("move", old, new), state_lib.with_copied, state[new], state[old], np.int32(to), np.int32(row),
                          mesh=self.home, donate=False, logs=False)
-      state = _with_level(state, new, moved)
+      state = state_lib.with_level(state, new, moved)
     return state
 
   def train(self, state: state_lib.State, level: int, work: local.Workload) -> tuple[state_lib.State, list[WaveLog]]:
@@ -167,7 +170,7 @@ class Engine:
     """
     whole = state[level]
     # What training does not touch stays behind.
-    slim = whole._replace(server=(), handed=None, errors=None, residuals=None, received=None)
+    slim = whole._replace(server=(), handed=None, errors=None, residuals=None, received=None, kept=None)
     work = jax.tree.map(functools.partial(self._pad_host, level), work)
     guards = jax.tree.map(functools.partial(self._pad_host, level), self._guards[level]) if self._protects else None
     waves, logs = list(self._waves(level)), []
@@ -180,7 +183,7 @@ class Engine:
       name = ("train", *wave_work.windows.shape)
       wave_guards = jax.tree.map(lambda leaf, rows=rows: leaf[rows], guards)
       wave, found = self._call(name, self._train_phase, wave, *self._put((wave_work, wave_guards), self.mesh))
-      wave = self._settled(_handed(state, level), level, wave, start, rows, wave_work.steps > 0)
+      wave = self._settled(state_lib.handed(state, level), level, wave, start, rows, wave_work.steps > 0)
       logs.append(WaveLog(rows[new], *(array[new] for array in found)))
       if trained:
         slim = self._store(level, slim, *trained)
@@ -191,9 +194,10 @@ class Engine:
       else:
         slim, trained = self._store(level, slim, *trained), None
     own = slim._replace(
-      server=whole.server, handed=whole.handed, errors=whole.errors, residuals=whole.residuals, received=whole.received
+      server=whole.server, handed=whole.handed, errors=whole.errors, residuals=whole.residuals, received=whole.received,
+      kept=whole.kept,
     )
-    return _with_level(state, level, own), logs
+    return state_lib.with_level(state, level, own), logs
 
   def _fetch(self, name: tuple, tree: trees.PyTree, start: int, num_rows: int) -> trees.PyTree:
     """A wave of a tree that lies at home, on the mesh that trains."""
@@ -220,11 +224,13 @@ class Engine:
 
     `handed` is what `_handed` gives.
     """
-    if not (self.algorithm.trusts and level and self.validation is not None):
+    measures = wave.gain is not None
+    if not ((self.algorithm.trusts or measures) and level and self.validation is not None):
       return wave
     windows, counts = (self._pad_host(level, array)[rows] for array in self.validation[level])
-    validated = np.array([m.settings.trust == "validated" for m in self.federation.levels[level]])
-    settles = trained & self._pad_host(level, validated)[rows] & (counts > 0)
+    may_trust = settling.may_trust(self.federation, level, self.topologies[level], self.algorithm.governance)
+    validated = self._pad_host(level, may_trust)[rows]
+    settles = trained & validated & (counts > 0)
 
     def parents_of_wave(handed: trees.PyTree, start: jax.Array) -> model.Params:
       return self._parents_of_wave(level, handed, start, len(rows) // self._lanes)
@@ -232,17 +238,17 @@ class Engine:
     parents = self._moved(self._call(("parents", level, len(rows)), parents_of_wave, handed, np.int32(start),
                                      mesh=self.home, donate=False, logs=False))
 
-    def settle(trust, own, parents, windows, counts, settles):
-      def one(own: model.Params, parents: model.Params, windows_ExW: jax.Array, count: jax.Array) -> jax.Array:
-        loss = functools.partial(scoring.mean_loss, self.arch, windows_ExW=windows_ExW, count=count)
-        return trust_lib.validated(loss, own, parents)
+    def measured(function: Callable, what: str, before: jax.Array, who: np.ndarray) -> jax.Array:
+      inputs = self._put((windows, counts, who), self.mesh)
+      return self._call((what, len(rows)), function, before, wave.params, parents, *inputs, logs=False)
 
-      best = partition.per_device(jax.vmap(one), self.mesh)(own, parents, windows, counts)
-      return jnp.where(settles, best, trust)
-
-    inputs = self._put((windows, counts, settles), self.mesh)
-    trust = self._call(("settle", len(rows)), settle, wave.trust, wave.params, parents, *inputs, logs=False)
-    return wave._replace(trust=trust)
+    if measures:
+      gain = functools.partial(settling.gain, self.arch, self.mesh, self.algorithm.shares)
+      wave = wave._replace(gain=measured(gain, "gain", wave.gain, trained & (counts > 0)))
+    if self.algorithm.trusts:
+      trust = functools.partial(settling.trust, self.arch, self.mesh)
+      wave = wave._replace(trust=measured(trust, "settle", wave.trust, settles))
+    return wave
 
   def _parents_of_wave(self, level: int, handed: trees.PyTree, start: jax.Array, size: int) -> model.Params:
     """Within a phase at home: the parents' models, as one wave of a level knows them; see `_handed`."""
@@ -262,8 +268,8 @@ class Engine:
       params, trust = partition.take_wave(own, start, size, self._lanes, self.home)
       return trust_lib.used(params, self._parents_of_wave(level, handed, start, size), trust)
 
-    found = self._call(("used", level, size), used, (own.params, own.trust), _handed(state, level), np.int32(start),
-                       mesh=self.home, donate=False, logs=False)
+    found = self._call(("used", level, size), used, (own.params, own.trust), state_lib.handed(state, level),
+                       np.int32(start), mesh=self.home, donate=False, logs=False)
     return self._moved(found)
 
   def _train_phase(
@@ -347,6 +353,9 @@ class Engine:
     text = np.array([self._text_tokens.get(m.path, 0) for m in members], np.float32)
     total = sum(self._text_tokens.get(m.path, 0) for m in self.federation.members if not m.moved_from)
     text_share = text / max(1, total)
+    if self.algorithm.governance is not None:
+      own = self.algorithm.governance.own_shares(self._text_tokens)
+      text_share = np.array([own[m.path] for m in members], np.float32)
     arrays = self._epochs[level], backbone, key_layers, text_share, validated, windows, counts
     shared = [self._pad(level, array) for array in arrays]
     temperatures = {
@@ -393,14 +402,3 @@ def scores_by_row(found: list[tuple[np.ndarray, jax.Array]], num_nodes: int) -> 
     inside = rows < num_nodes
     np.add.at(total, rows[inside], np.asarray(losses, np.float64)[inside])
   return total
-
-
-def _handed(state: state_lib.State, level: int) -> trees.PyTree:
-  """What a level knows of its parents' models: a row for each node, or each parent's where nothing is rounded."""
-  if not level:
-    return None
-  return state[level - 1].params if state[level].handed is None else state[level].handed
-
-
-def _with_level(state: state_lib.State, level: int, new: state_lib.LevelState) -> state_lib.State:
-  return (*state[:level], new, *state[level + 1 :])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_jax import checks, config as config_lib, moves, tree_sources, validation
+from worldlm_jax import checks, config as config_lib, moves, sharing, tree_sources, validation
 from worldlm_jax.tree_sources import ROOT
 
 ABOVE = ".."  # the path of a root that is put above the configured tree; no node can have this name
@@ -31,6 +31,7 @@ class Member:
   data: config_lib.Source | None
   settings: config_lib.NodeSettings
   pools: tuple[str, ...] = ()  # the members on whose batches it trains; see `pooled`
+  federation: str = ROOT  # path of the configured node whose member it is, however an algorithm arranges the tree
   origin: str = ""  # the first place of a node that has moved, whose text and batches it goes on with; see `identity`
   moved_from: str = ""  # its place before, and
   moved_in: int = 0  # the round of the root in which it came from there
@@ -214,10 +215,11 @@ def resolve(config: config_lib.Config) -> Federation:
         return {}
       return {"origin": history[0] + ending, "moved_from": places.before[path] + ending, "moved_in": places.since[path]}
 
-    own_data = node.data if head == path else None
-    levels[level].append(Member(head, node.name, parent, own_data, settings, **came(head.removeprefix(path))))
+    own_data, outer = node.data if head == path else None, sharing.configured(parent or ROOT)
+    here = came(head.removeprefix(path))
+    levels[level].append(Member(head, node.name, parent, own_data, settings, federation=outer, **here))
     if head != path:
-      levels[level + 1].append(Member(path, node.name, head, node.data, settings, **came()))
+      levels[level + 1].append(Member(path, node.name, head, node.data, settings, federation=path, **came()))
     _check_names([child.name for child in node.children], path)
     for child in node.children:
       visit(child, child.name if path == ROOT else f"{path}/{child.name}", head, settings)
@@ -227,6 +229,9 @@ def resolve(config: config_lib.Config) -> Federation:
   for path in unused:
     checks.fail("node", path, "the path of a node of the tree",
                 checks.did_you_mean(path, [m.path for m in federation.members]) or "the root is '.'")
+  paths = {sharing.configured(m.path) for m in federation.members}
+  for member in federation.members:
+    sharing.validate(member.settings, f"node {member.path!r}", paths)
   return federation
 
 

@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from worldlm_jax import distributed, engine as engine_lib, fairness, local, progress, records, schedule
+from worldlm_jax import (
+  distributed,
+  engine as engine_lib,
+  fairness,
+  local,
+  progress,
+  receipts as receipts_lib,
+  records,
+  schedule,
+)
 from worldlm_jax.data.evaluation import Evaluation
 from worldlm_jax.federation import Federation, Member
 from worldlm_jax.privacy import policy
@@ -36,6 +45,7 @@ class Progress:
   tokens: dict[str, int] = dataclasses.field(default_factory=dict)  # trained on, by node
   windows: int = 0  # fingerprint of the windows trained on; see `fairness`
   rows: records.Rows = dataclasses.field(default_factory=dict)  # of the unfinished round
+  receipts: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of the unfinished round; see receipts.py
   losses: dict[str, float] = dataclasses.field(default_factory=dict)  # last personalised valid loss, by node
   best: dict[str, float] = dataclasses.field(default_factory=dict)  # valid loss of the model that `test` scores
   test: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # personalised, by node
@@ -99,15 +109,18 @@ class Ledger:
     texts: of all nodes.
     engine: whose results they are.
     exchanges: turns logs of the exchange into rows.
+    receipts: and into receipts.
     show: is given each finished round: its index, what the screen shows of it, and its seconds.
   """
 
   def __init__(self, now: Progress, federation: Federation, texts: Texts, engine: engine_lib.Engine,
-               exchanges: records.Exchanges, show: Callable[[int, list[progress.Row], float], None]):
+               exchanges: records.Exchanges, receipts: receipts_lib.Receipts,
+               show: Callable[[int, list[progress.Row], float], None]):
     self.now, self.clock = now, Clock(now.seconds)
     self.failure: Failure | None = None  # the first thing that was not finite
     self.told_to_stop = False  # whether some process had been when the last phase entered was handed out
     self._federation, self._texts, self._engine, self._exchanges = federation, texts, engine, exchanges
+    self._receipts = receipts
     self._show = show
     self._outstanding: collections.deque[_Entry] = collections.deque()
     self._windows = 0  # of this process, not yet in `now.windows`
@@ -144,13 +157,17 @@ class Ledger:
 
     self._put("", None, make)
 
-  def down(self, step: schedule.Step, log: Any) -> None:
+  def down(self, index: int, step: schedule.Step, log: Any) -> None:
     """A down-phase."""
     topology = self._engine.topologies[step.level]
-    self._put("aggregating", self._snapshot(log, self._engine.home), lambda log: self._exchanges.down(
-      self.now.rows, step.level, step.active, topology, log))
 
-  def up(self, step: schedule.Step, log: Any, present: dict[int, jax.Array]) -> None:
+    def make(log: Any) -> None:
+      self._exchanges.down(self.now.rows, step.level, step.active, topology, log)
+      self.now.receipts += self._receipts.down(index, step.level, step.active, topology, log)
+
+    self._put("aggregating", self._snapshot(log, self._engine.home), make)
+
+  def up(self, index: int, step: schedule.Step, log: Any, present: dict[int, jax.Array]) -> None:
     """An up-phase; for `present` see `records.Exchanges.up`."""
     topology = self._engine.topologies[step.level]
     assert step.arrived is not None
@@ -159,6 +176,7 @@ class Ledger:
     def make(found: Any) -> None:
       records.add_turnouts(self.now.rows, step)
       self._exchanges.up(self.now.rows, step.level, step.active, arrived, topology, *found)
+      self.now.receipts += self._receipts.up(index, step.level, step.active, arrived, topology, *found)
 
     self._put("aggregating", self._snapshot((log, present), self._engine.home), make)
 
@@ -319,4 +337,4 @@ class Ledger:
     seconds = time.perf_counter() - self._round_began
     self._round_began += seconds
     self._show(index, shown, seconds)
-    now.round, now.step, now.rows = index + 1, 0, {}
+    now.round, now.step, now.rows, now.receipts = index + 1, 0, {}, []

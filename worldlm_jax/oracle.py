@@ -8,6 +8,7 @@ to understand the algorithm; the tests hold `worldlm_jax.engine` against it on r
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -16,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from worldlm_jax import attendance, local, model, oracle_guards, oracle_privacy, plain, schedule
-from worldlm_jax.config import Config, OptimizerConfig
+from worldlm_jax import attendance, local, model, oracle_guards, oracle_nodes, oracle_privacy, plain, schedule
+from worldlm_jax.config import Config
 from worldlm_jax.exchange import backbone as backbone_lib, relevance, trust
 from worldlm_jax.federation import Federation, Member
-from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared, attended_updates
+from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared
+from worldlm_jax.oracle_rules import Rules, capped
 from worldlm_jax.plain import Layers
 from worldlm_jax.privacy import policy
 
@@ -54,8 +56,8 @@ class Oracle:
     params = jax.tree.map(jnp.asarray, params)
     self.shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["key_layers"])]
     self.num_layers = arch.num_key_layers
-    self._step = jax.jit(functools.partial(_optimizer_step, arch, config.optimizer))
-    self._one_gradient = jax.jit(jax.grad(lambda p, windows_1xW: _loss(arch, p, windows_1xW)))
+    self._step = jax.jit(functools.partial(oracle_nodes.optimizer_step, arch, config.optimizer))
+    self._one_gradient = jax.jit(jax.grad(lambda p, windows_1xW: oracle_nodes.loss(arch, p, windows_1xW)))
     self.server = backbone_lib.server_optimizer(config.backbone)
     self.nodes = {
       m.path: NodeState(
@@ -71,9 +73,10 @@ class Oracle:
     for node in self.nodes.values():
       zeros = node.backbone_update, node.update
       node.handed, node.errors, node.addition_error = (node.backbone, node.key_layers), zeros, node.update
-      node.withheld = zeros
+      node.withheld = node.kept = zeros
     for member in federation.members:
       self.nodes[member.path].clip = member.settings.privacy_clip
+    self.rules = Rules(federation, config, arch.num_key_layers > 0)
     self.children = federation.members_of
     self.attends = attendance.Attendance(config.seed, federation)
 
@@ -108,23 +111,28 @@ class Oracle:
     node, settings = self.nodes[q.path], q.settings
     if parent is not None:
       above = self.nodes[parent.path]
-      if node.fresh and node.heard and first_repeat and node.relevance == relevance.UNKNOWN:
+      is_news = node.fresh and node.heard and node.gain >= self.rules.least_gain(q.path)
+      if is_news and first_repeat and node.relevance == relevance.UNKNOWN:
         self._measure_relevance(q, parent)
       known = jnp.float32(node.relevance), jnp.float32(self.epochs[q.path])
       now = jnp.int32(self.index), jnp.int32(self.num_rounds)
+      may = [self.rules.takes(part, q.path) for part in ("backbone", "key_layers")]
+      held = node.handed
       if self.rounds:
         self.edge.hand_down(node, above.backbone, above.key_layers)
       else:
         node.handed = above.backbone, above.key_layers
       if settings.privacy == "central" and settings.privacy_quantile and q.trains:
         node.clip = above.clip
-      if relevance.shares(*known, jnp.float32(settings.backbone_independence), *now):
-        node.backbone = node.handed[0]
+      new_backbone, new_layers = node.handed
+      node.handed = tuple(new if ok else old for new, old, ok in zip(node.handed, held, may, strict=True))
+      if may[0] and relevance.shares(*known, jnp.float32(settings.backbone_independence), *now):
+        node.backbone = jax.tree.map(lambda a, b: np.float32(a + b), new_backbone, node.kept[0])
       if self.num_layers:
         error = node.addition_error
         self._attend_down(q, parent, first_repeat, last)
-        if relevance.shares(*known, jnp.float32(settings.key_layer_independence), *now):
-          node.key_layers, node.addition_error = node.handed[1], error
+        if may[1] and relevance.shares(*known, jnp.float32(settings.key_layer_independence), *now):
+          node.key_layers, node.addition_error = plain.combine([new_layers, node.kept[1]], [1.0, 1.0]), error
     node.update, node.backbone_update = plain.scaled(node.update, 0.0), plain.zeros(node.backbone)
     node.withheld = node.backbone_update, node.update
     node.own_weight = node.weight = 0.0
@@ -133,7 +141,10 @@ class Oracle:
     trains = schedule.trains(self.federation, level)[[m.path for m in self.federation.levels[level]].index(q.path)]
     if trains and attendance.has_data(q, self.index) and self.stage in (None, level):
       self._train(q)
-      if parent is not None and settings.trust == "validated" and q.path in self.validation:
+      validates = parent is not None and q.path in self.validation
+      if validates and self.rules.least_gain(q.path) > -math.inf:
+        node.gain = self._gain(q, self.nodes[str(q.parent)])
+      if validates and settings.trust == "validated" and all(may) and not self.rules.keeps(q.path):
         losses = {t: self._loss(q, self.used(q.path, t)) for t in trust.TRUSTS}
         node.trust = min(losses, key=losses.__getitem__)
     if self.stage == level or not self.children[q.path]:
@@ -144,15 +155,16 @@ class Oracle:
       for child in self.children[q.path]:
         if child.path in turnout.there:
           self.fit(child, q, repeat == 0, shared)
-          if self.rounds:
+          if self.rounds and self.nodes[child.path].gain >= self.rules.least_gain(child.path):
             self.edge.send(self.nodes[child.path])
-      arrived = {path: self.nodes[path] for path in turnout.arrived if self.nodes[path].fresh}
+      counted = [p for p in turnout.arrived if self.nodes[p].gain >= self.rules.least_gain(p)]
+      arrived = {path: self.nodes[path] for path in counted if self.nodes[path].fresh}
       rejected = oracle_guards.rejected(
         self.config.guards, {path: (child.backbone_update, child.update) for path, child in arrived.items()}
       )
       for child in self.children[q.path]:
         self.nodes[child.path].heard = child.path in turnout.arrived and child.path not in rejected
-      here = [c for c in self.children[q.path] if self.nodes[c.path].heard]
+      here = [c for c in self.children[q.path] if self.nodes[c.path].heard and c.path in counted]
       if any(self.nodes[c.path].weight for c in here):
         self._merge(q, here, [turnout.arrived[c.path] for c in here])
 
@@ -161,8 +173,7 @@ class Oracle:
     node, above = self.nodes[q.path], self.nodes[parent.path]
     own, update = plain.flat(node.known()), plain.flat((node.backbone_update, node.update))
     moved = plain.flat((above.backbone, above.key_layers)) - (own - update)
-    total = sum(self.text_tokens.get(m.path, 0) for m in self.federation.members if not m.moved_from)
-    share = self.text_tokens.get(q.path, 0) / total
+    share = self.rules.own_share(q.path, self.text_tokens)
     node.relevance = plain.cosine(update, moved - share * update)
 
   def _train(self, q: Member) -> None:
@@ -193,13 +204,17 @@ class Oracle:
   def _attend_down(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> None:
     node, above, keys = self.nodes[q.path], self.nodes[parent.path], self.config.key_layers
     updates, (_, own), (_, parents) = keys.values == "updates", node.known(), node.handed
-    update = node.update if node.heard else plain.scaled(node.update, 0.0)  # of which its parent knows
+    may_take = self.rules.takes("key_layers", q.path)
+    if not updates and not may_take:
+      parents = own
+    is_known = node.heard and node.gain >= self.rules.least_gain(q.path)  # to its parent, which does the mixing
+    update = node.update if is_known else plain.scaled(node.update, 0.0)
     query = self._query(own, update, parents)
     pool = self._pool(q, parent, first_repeat, last) if keys.residuals_per_layer and keys.residuals_received else []
     node.received = []
     for i in range(self.num_layers):
       offers = [r for r in pool if r.index == i]
-      ranked = sorted(offers, key=lambda r: -self._routing_score(*query, pool, r))
+      ranked = sorted(offers, key=lambda r: -oracle_nodes.routing_score(keys.similarity, *query, pool, r))
       node.received += ranked[: keys.residuals_received]
     received = node.received
 
@@ -207,18 +222,19 @@ class Oracle:
       return [r.layer for r in received if r.index == i]
 
     if updates:
-      others = [above.update] if above.trained and first_repeat else []
+      others = [above.update] if above.trained and first_repeat and self.rules.looks_at(q.path, parent.path) else []
       siblings = [c.path for c in self.children[parent.path] if c.path != q.path]
-      others += [last[path].update for path in siblings if last[path].fresh]
+      others += [last[s].update for s in siblings if self.rules.looks_at(q.path, s) and last[s].fresh
+                 and last[s].gain >= self.rules.least_gain(s)]
       candidates = [[plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)]
-      addition = attended_updates(keys, self._units(), update, candidates)
+      addition = oracle_nodes.attended_updates(keys, self._units(), update, candidates)
       if self.rounds:
         addition = self.edge.added(node, addition)
       own = node.key_layers
       mixed = plain.combine([own, addition], [1.0, 1.0])
     else:
       candidates = [
-        [plain.layer(own, i), plain.layer(parents, i), *residual_layers(i)]
+        [plain.layer(own, i), *([plain.layer(parents, i)] if may_take else []), *residual_layers(i)]
         for i in range(self.num_layers)
       ]
       mixed, _ = self._attend_layers(
@@ -231,34 +247,44 @@ class Oracle:
   def _merge(self, p: Member, here: list[Member], counts: list[float]) -> None:
     """Merges members, each of which counts a part of its weight."""
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
-    uniform = self.config.backbone.weights == "uniform"
-    weights = [a * (float(m.weight > 0) if uniform else m.weight) for a, m in zip(counts, members, strict=True)]
-    own_weight = (1.0 if uniform else node.own_weight) if node.trained else 0.0
-    shares = [w / (sum(weights) + own_weight) for w in weights]
-    mean = oracle_guards.combined(self.config.backbone, [m.backbone_update for m in members], shares)
+    mean, sent, kept = self.rules.sums("backbone", p, here, counts, self.nodes)
     noise = None
-    if self.noises_means:
-      like = oracle_privacy.as_update(self.structure, self.shapes, mean, node.key_layers)
-      noise = oracle_privacy.mean_noise(p, node, self.seed, [*zip(here, members, strict=True)], shares, like)
-      mean = jax.tree.map(np.add, mean, noise["backbone"])
-    gradient = jax.tree.map(lambda d: -jnp.float32(d), mean)
-    step, node.server = self.server.update(gradient, node.server, node.backbone)
-    before, node.backbone = node.backbone, optax.apply_updates(node.backbone, step)
-    moved = jax.tree.map(plain.minus, node.backbone, before)
-    node.backbone_update = jax.tree.map(np.add, node.backbone_update, moved)
-    if self.num_layers:
-      self._merge_key_layers(p, here, shares, weights, noise)
-    node.weight += sum(a * m.weight for a, m in zip(counts, members, strict=True))
-    node.fresh = node.fresh or any(m.weight for m in members)
 
-  def _merge_key_layers(
-    self, p: Member, here: list[Member], shares: list[float], weights: list[float], noise: Any
-  ) -> None:
+    def step(shares: list[float]) -> Any:
+      total = oracle_guards.combined(self.config.backbone, [m.backbone_update for m in members], shares)
+      total = total if noise is None else jax.tree.map(np.add, total, noise["backbone"])
+      return self.server.update(jax.tree.map(lambda d: -jnp.float32(d), total), node.server, node.backbone)
+
+    others = [step(shares)[0] for shares in (sent, kept)] if (sent, kept) != (mean, [0.0] * len(here)) else []
+    if self.noises_means:
+      like = oracle_privacy.as_update(self.structure, self.shapes, members[0].backbone_update, node.key_layers)
+      noise = oracle_privacy.mean_noise(p, node, self.seed, [*zip(here, members, strict=True)], mean, like)
+    moved, node.server = step(mean)
+    before, node.backbone = node.backbone, optax.apply_updates(node.backbone, moved)
+    moved = others[0] if others else jax.tree.map(plain.minus, node.backbone, before)
+    node.backbone_update = jax.tree.map(np.add, node.backbone_update, moved)
+    if others:
+      node.kept = jax.tree.map(np.add, node.kept[0], others[1]), node.kept[1]
+    if self.num_layers:
+      self._merge_key_layers(p, here, counts, noise)
+    on = [a * self.nodes[c.path].weight for a, c in zip(counts, here, strict=True)
+          if any(self.rules.goes_on(part, c.path) for part in self.rules.parts)]
+    node.weight, node.fresh = node.weight + sum(on), node.fresh or any(on)
+
+  def _merge_key_layers(self, p: Member, here: list[Member], counts: list[float], noise: Any) -> None:
+    counts = [a for a, c in zip(counts, here, strict=True) if self.rules.in_mean("key_layers", c.path)]
+    here = [c for c in here if self.rules.in_mean("key_layers", c.path)]
     node, members = self.nodes[p.path], [self.nodes[c.path] for c in here]
+    weights = self.rules.weights(here, counts, self.nodes)
     keys = self.config.key_layers
     if keys.values == "updates":
-      mean = oracle_guards.combined(self.config.backbone, [m.update for m in members], shares)
+      mean, sent, kept = (
+        oracle_guards.combined(self.config.backbone, [m.update for m in members], shares) if members
+        else plain.scaled(node.update, 0.0)
+        for shares in self.rules.sums("key_layers", p, here, counts, self.nodes)
+      )
       mean = mean if noise is None else plain.combine([mean, self._to_lists(noise["key_layers"])], [1.0, 1.0])
+      sent = mean if noise is not None else sent
       mixed = plain.combine([node.key_layers, mean], [1.0, 1.0])
       shown = [(c, m.update) for c, m in zip(here, members, strict=True) if m.fresh]
       use = [
@@ -273,17 +299,19 @@ class Oracle:
       mixed, used = self._attend_layers(
         p, node.key_layers, *self._query(node.key_layers, base, plain.combine([node.key_layers, base], [1.0, -1.0])),
         [[plain.layer(o, i) for o in own + [layers for _, layers in shown]] for i in range(self.num_layers)],
-        None if keys.prior == "uniform" else prior, p.settings.up_temperature, node.backbone,
+        None if keys.prior == "uniform" else prior, p.settings.up_temperature, node.backbone, len(own),
       )
       use = [w[len(own) :] for w in used]
     node.sent = []
     if p.parent is not None and len(shown) + node.trained > 1:
+      offered = [s for s, (c, _) in enumerate(shown) if self.rules.offers(c.path)]
       for i in range(self.num_layers):
-        for s in np.argsort(use[i], kind="stable")[: keys.residuals_per_layer]:
+        for s in sorted(offered, key=use[i].__getitem__)[: keys.residuals_per_layer]:
           node.sent.append(Residual(plain.layer(shown[s][1], i), i, shown[s][0].path, self.index))
     accepted = self._accept(p, node.key_layers, mixed, node.backbone)
     if keys.values == "updates" and accepted is mixed:  # its members' progress is its own from now on
-      node.update = plain.combine([node.update, mean], [1.0, 1.0])
+      node.update = plain.combine([node.update, sent], [1.0, 1.0])
+      node.kept = node.kept[0], plain.combine([node.kept[1], kept], [1.0, 1.0])
     elif keys.values == "layers" and self.rounds:  # what it sends up is all that has changed
       node.update = plain.combine([node.update, accepted, node.key_layers], [1.0, 1.0, -1.0])
     node.key_layers = accepted
@@ -306,32 +334,22 @@ class Oracle:
       and all(last[p].heard for p in self.federation.ancestors[path] if p in last) for r in shared.sent
     ]
     from_above = [] if updates and not first_repeat else self.nodes[parent.path].received
-    return [r for r in found + from_above if not updates or r.round >= self.index - 1]
+    permitted = [r for r in found + from_above if self.rules.gets_residuals(q.path, r.origin)]
+    return [r for r in permitted if not updates or r.round >= self.index - 1]
 
-  def _routing_score(self, direction: Layers, origin: Layers | None, pool: list[Residual], r: Residual) -> float:
-    moved = self._displacement(r.layer, origin, r.index)
-    query = plain.layer(direction, r.index)
-    if not any(t.any() for tensor in direction for t in tensor):
-      everyone = [self._displacement(o.layer, origin, o.index) for o in pool if o.index == r.index]
-      query = [np.mean(tensors, axis=0) for tensors in zip(*everyone, strict=True)]
-    a, b = np.concatenate(query), np.concatenate(moved)
-    if self.config.key_layers.similarity == "scaled_dot":
-      return float(a @ b) / np.sqrt(a.size)
-    return plain.cosine(a, b)
+  def _attend_layers(self, q, own, direction, origin, candidates, prior, temperature, backbone, num_own=None):
+    """Softmax attention over whole layers: mixed layers, and per layer the weights `[S]`, averaged over tensors.
 
-  def _displacement(self, layer: list[np.ndarray], origin: Layers | None, i: int) -> list[np.ndarray]:
-    return layer if origin is None else [t - o for t, o in zip(layer, plain.layer(origin, i), strict=True)]
-
-  def _attend_layers(self, q, own, direction, origin, candidates, prior, temperature, backbone):
-    """Softmax attention over whole layers: mixed layers, and per layer the weights `[S]`, averaged over tensors."""
+    Where the first `num_own` candidates are the federation's own and the others its members, their weights are capped.
+    """
     keys = self.config.key_layers
-    moved = [[self._displacement(layer, origin, i) for layer in c] for i, c in enumerate(candidates)]
+    moved = [[plain.displacement(layer, origin, i) for layer in c] for i, c in enumerate(candidates)]
     if not any(t.any() for tensor in direction for t in tensor):
       mean = [[np.mean([layer[t] for layer in c], axis=0) for t in range(len(self.shapes))] for c in moved]
       direction = [[mean[i][t] for i in range(self.num_layers)] for t in range(len(self.shapes))]
     result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
     weights = [np.zeros((len(self.shapes), len(c))) for c in candidates]
-    for unit in self._units():
+    for unit in plain.units(self.config.key_layers.granularity, len(self.shapes), self.num_layers):
       pieces = [(t, i) for t, i in unit]
       layers = sorted({i for _, i in pieces})
       for i in layers:  # with granularity "all" the scores are shared, the candidates there may not be
@@ -349,20 +367,22 @@ class Oracle:
           else:
             scores.append(plain.cosine(a, b))
         w = plain.softmax(np.array(scores), prior, temperature)
+        left = 0.0
+        if num_own is not None and w.any():
+          members = capped([*w[num_own:]], w[:num_own].sum(), q.settings.member_weight_cap)
+          left = w.sum() - sum(members)
+          w = np.array([left] * num_own + members)
+          left *= not num_own
         for t, j in pieces:
           if j == i:
-            result[t][i] = sum(w_s * c[t] for w_s, c in zip(w, candidates[i], strict=True)) if w.any() else own[t][i]
+            mixed = sum(w_s * c[t] for w_s, c in zip(w, candidates[i], strict=True))
+            result[t][i] = mixed + left * own[t][i] if w.any() else own[t][i]
             weights[i][t] = w
     return result, [w.mean(axis=0) for w in weights]
 
   def _units(self) -> list[list[tuple[int, int]]]:
     """What attention treats as one: lists of (tensor, layer)."""
-    tensors, layers = range(len(self.shapes)), range(self.num_layers)
-    return {
-      "layer": [[(t, i) for t in tensors] for i in layers],
-      "tensor": [[(t, i)] for t in tensors for i in layers],
-      "all": [[(t, i) for t in tensors for i in layers]],
-    }[self.config.key_layers.granularity]
+    return plain.units(self.config.key_layers.granularity, len(self.shapes), self.num_layers)
 
   def _validation_loss(self, q: Member, key_layers: Layers, backbone: Any) -> float:
     if q.path not in self.validation:
@@ -371,7 +391,16 @@ class Oracle:
 
   def _loss(self, q: Member, params: model.Params) -> float:
     windows = self.validation[q.path]
-    return float(_loss(self.arch, params, windows)) / np.count_nonzero(windows[:, 1:] >= 0)
+    return float(oracle_nodes.loss(self.arch, params, windows)) / np.count_nonzero(windows[:, 1:] >= 0)
+
+  def _gain(self, q: Member, above: NodeState) -> float:
+    """How much lower the loss of a node's own model is than that of its parent's, as far as that crosses the edge."""
+    backbone, layers = self.nodes[q.path].handed if self.rounds else (above.backbone, above.key_layers)
+    own = self.params(q.path)
+    theirs = {"backbone": backbone, "key_layers": self._from_lists(layers)}
+    theirs = own | {part: theirs[part] for part in self.rules.parts}
+    before, after = self._loss(q, theirs), self._loss(q, own)
+    return before - after if np.isfinite(after) else -math.inf
 
   def _accept(self, q: Member, own: Layers, mixed: Layers, backbone: Any) -> Layers:
     asks = q.settings.acceptance == "validated" and q.path in self.validation
@@ -387,16 +416,3 @@ class Oracle:
       for tensor, shape in zip(layers, self.shapes, strict=True)
     ]
     return jax.tree.unflatten(self.structure, leaves)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _loss(arch: model.Architecture, params: model.Params, windows_BxW: jax.Array) -> jax.Array:
-  return model.loss_sum(arch, params, windows_BxW, jnp.ones(windows_BxW.shape[0], bool))
-
-
-def _optimizer_step(arch: model.Architecture, config: OptimizerConfig, params: model.Params, state: Any,
-                    windows_BxW: jax.Array, rate: float, clip_norm: float, weight_decay: float, grads: Any) -> Any:
-  tokens = jnp.sum(windows_BxW[:, 1:] >= 0)
-  grads = grads or jax.grad(lambda p: _loss(arch, p, windows_BxW) / tokens)(params)
-  updates, state = local.optimizer(config, clip_norm, weight_decay).update(grads, state, params)
-  return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), state

@@ -1,19 +1,21 @@
-"""What one node of the oracle holds, and what crosses the edge to its parent in fewer bits than float32.
+"""What one node of the oracle holds, a step of its training, and what crosses the edge to its parent in few bits.
 
 Rounding one block after the other, in plain loops; `exchange/payload.py` says what it is and `algorithms/edges.py`
 where it happens.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from worldlm_jax import plain
-from worldlm_jax.config import KeyLayerConfig
+from worldlm_jax import local, model, plain
+from worldlm_jax.config import KeyLayerConfig, OptimizerConfig
 from worldlm_jax.exchange import relevance
 from worldlm_jax.plain import Layers
 
@@ -35,6 +37,7 @@ class Shared(NamedTuple):
 
   update: Layers
   fresh: bool
+  gain: float
   sent: list[Residual]
   heard: bool  # whether all this has come in at its federation
 
@@ -64,12 +67,14 @@ class NodeState:
   clip: float = math.inf  # of its updates; of a federation without text, of its members'
   within: float = 0.0  # which share of its last update was under it
   draws: int = 0  # how often it has trained or merged
+  gain: float = math.inf  # how much better, in nats, its model is than its parent's
+  kept: Any = None  # backbone and key layers of members, on top of what comes from above
   sent: list[Residual] = dataclasses.field(default_factory=list)
   received: list[Residual] = dataclasses.field(default_factory=list)
 
   def shared(self) -> Shared:
     """What others may see of the node now."""
-    return Shared(self.update, self.fresh and self.heard, self.sent, self.heard)
+    return Shared(self.update, self.fresh and self.heard, self.gain, self.sent, self.heard)
 
   def known(self) -> tuple[Any, Layers]:
     """Backbone and key layers, as others know them."""
@@ -151,6 +156,18 @@ def attended_updates(
   return result
 
 
+def routing_score(
+  similarity: str, direction: Layers, origin: Layers | None, pool: list[Residual], r: Residual
+) -> float:
+  """How similar a residual layer is to a node's own, or to the mean of its pool where the node has no direction."""
+  query = plain.layer(direction, r.index)
+  if not any(t.any() for tensor in direction for t in tensor):
+    everyone = [plain.displacement(o.layer, origin, o.index) for o in pool if o.index == r.index]
+    query = [np.mean(tensors, axis=0) for tensors in zip(*everyone, strict=True)]
+  a, b = np.concatenate(query), np.concatenate(plain.displacement(r.layer, origin, r.index))
+  return float(a @ b) / np.sqrt(a.size) if similarity == "scaled_dot" else plain.cosine(a, b)
+
+
 def rounded(x: np.ndarray, width: int, kind: str) -> np.ndarray:
   """What arrives of an array whose last axis has this width (it may be flat)."""
   if kind == "float32":
@@ -164,3 +181,20 @@ def rounded(x: np.ndarray, width: int, kind: str) -> np.ndarray:
       scale = np.float64(np.asarray(np.float32(np.abs(block).max()) / np.float32(levels)).astype(jnp.bfloat16))
       block[:] = np.round(block / scale) * scale if scale else 0.0
   return arrived
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss(arch: model.Architecture, params: model.Params, windows_BxW: jax.Array) -> jax.Array:
+  """Summed over a batch."""
+  return model.loss_sum(arch, params, windows_BxW, jnp.ones(windows_BxW.shape[0], bool))
+
+
+def optimizer_step(
+  arch: model.Architecture, config: OptimizerConfig, params: model.Params, state: Any, windows_BxW: jax.Array,
+  rate: float, clip_norm: float, weight_decay: float, grads: Any,
+) -> tuple[Any, Any]:
+  """One step of a node: its new parameters and its optimizer's new state."""
+  tokens = jnp.sum(windows_BxW[:, 1:] >= 0)
+  grads = grads or jax.grad(lambda p: loss(arch, p, windows_BxW) / tokens)(params)
+  updates, state = local.optimizer(config, clip_norm, weight_decay).update(grads, state, params)
+  return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), state

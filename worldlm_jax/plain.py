@@ -26,12 +26,27 @@ def layer(layers: Layers, i: int) -> list[np.ndarray]:
   return [tensor[i] for tensor in layers]
 
 
+def displacement(layer: list[np.ndarray], origin: Layers | None, i: int) -> list[np.ndarray]:
+  """How far the i-th layer is from that of `origin`; None means zero."""
+  return layer if origin is None else [t - tensor[i] for t, tensor in zip(layer, origin, strict=True)]
+
+
 def combine(terms: list[Layers], factors: list[float]) -> Layers:
   """The sum of the terms, each times its factor."""
   return [
     [np.sum([f * term[t][i] for f, term in zip(factors, terms, strict=True)], axis=0) for i in range(len(tensor))]
     for t, tensor in enumerate(terms[0])
   ]
+
+
+def units(granularity: str, num_tensors: int, num_layers: int) -> list[list[tuple[int, int]]]:
+  """What attention treats as one: lists of (tensor, layer)."""
+  tensors, layers = range(num_tensors), range(num_layers)
+  return {
+    "layer": [[(t, i) for t in tensors] for i in layers],
+    "tensor": [[(t, i)] for t in tensors for i in layers],
+    "all": [[(t, i) for t in tensors for i in layers]],
+  }[granularity]
 
 
 def scaled(layers: Layers, factor: float) -> Layers:
@@ -42,6 +57,15 @@ def scaled(layers: Layers, factor: float) -> Layers:
 def minus(a: Any, b: Any) -> Any:
   """a - b in float64."""
   return np.float64(a) - np.float64(b)
+
+
+def weighted(like: Any, trees: list[Any], factors: list[float]) -> Any:
+  """The sum of trees of the same shapes as `like`, each times its factor, in float64."""
+
+  def add(own: Any, *theirs: Any) -> Any:
+    return sum((f * np.float64(t) for f, t in zip(factors, theirs, strict=True)), np.zeros(np.shape(own)))
+
+  return jax.tree.map(add, like, *trees)
 
 
 def zeros(tree: Any) -> Any:

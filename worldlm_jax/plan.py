@@ -104,8 +104,8 @@ def make(config: config_lib.Config, machine: Machine) -> Plan:
 
   alone = training(1, partition.make_mesh(devices[:1])).total
   mesh = partition.choose_mesh(config.mesh, len(federation.levels[level]), alone, devices)
-  topologies = [state_lib.topology(federation, index, mesh, mesh) for index in range(len(federation.levels))]
-  abstract = _abstract_state(config, federation, topologies, arch, tracks)
+  topologies = _topologies(federation, mesh, algorithm)
+  abstract = _abstract_state(config, federation, topologies, arch, algorithm)
   state = memory.state_parts(abstract, mesh)
   share = partition.padded_size(len(federation.levels[level]), mesh) // mesh.shape[partition.NODE]
   nodes_at_once, on_host = _nodes_at_once(config, machine, training(1, mesh).total, sum(state.values()), share)
@@ -174,12 +174,20 @@ def _described(
   return federation, arch, algorithms.make(config, arch, federation)
 
 
+def _topologies(
+  federation: federation_lib.Federation, mesh: jax.sharding.Mesh, algorithm: rules.Algorithm
+) -> list[state_lib.Topology]:
+  levels = range(len(federation.levels))
+  return [state_lib.topology(federation, level, mesh, mesh, algorithm.governance) for level in levels]
+
+
 def _abstract_state(
   config: config_lib.Config, federation: federation_lib.Federation, topologies: Sequence[state_lib.Topology],
-  arch: model.Architecture, tracks: Sequence[str],
+  arch: model.Architecture, algorithm: rules.Algorithm,
 ) -> state_lib.State:
   def init(key: jax.Array) -> state_lib.State:
-    return state_lib.init(config, federation, topologies, model.init(arch, key), tracks)
+    params = model.init(arch, key)
+    return state_lib.init(config, federation, topologies, params, algorithm.tracks, algorithm.governance)
 
   return jax.eval_shape(init, jax.random.key(0))
 
@@ -201,8 +209,8 @@ def _fedavg(config: config_lib.Config) -> tuple[federation_lib.Federation, list[
   config = dataclasses.replace(config, algorithm="fedavg", schedule="parallel")
   federation, arch, algorithm = _described(config)
   mesh = partition.make_mesh([machines.Device(0, "cpu", 0.0)])
-  topologies = [state_lib.topology(federation, level, mesh, mesh) for level in range(len(federation.levels))]
-  abstract = _abstract_state(config, federation, topologies, arch, algorithm.tracks)
+  topologies = _topologies(federation, mesh, algorithm)
+  abstract = _abstract_state(config, federation, topologies, arch, algorithm)
   config = dataclasses.replace(config, payload="float32")
   return federation, traffic.by_round(
     config, federation, algorithm, topologies, abstract, _edge_bytes(config, arch, algorithm)

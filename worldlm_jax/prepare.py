@@ -26,7 +26,7 @@ from absl import flags
 from rich.console import Console
 from rich.text import Text
 
-from worldlm_jax import checks, command, config as config_lib, metrics
+from worldlm_jax import checks, command, metrics
 from worldlm_jax.data import files, natural, shards
 from worldlm_jax.data.documents import SPLITS
 from worldlm_jax.progress import SECONDS_BETWEEN_PLAIN_LINES
@@ -342,7 +342,7 @@ def _claimed(out: Path, header: dict[str, Any]) -> Iterator[dict[str, dict[str, 
     rows = metrics.read_jsonl(manifest)
     if not rows:
       metrics.append_jsonl(manifest, [header])
-    found = config_lib.differences(rows[0], header) if rows else []
+    found = checks.differences(rows[0], header) if rows else []
     checks.require(not found, "--out", str(out), "a new folder, or one prepared with the same arguments",
                    f"it differs in: {'; '.join(found[:8])}. Choose another")
     yield {row["input"]: row for row in rows[1:]}

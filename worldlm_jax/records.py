@@ -13,6 +13,7 @@ from worldlm_jax.data import compression, synthetic
 from worldlm_jax.data.batches import NodeText
 from worldlm_jax.exchange import guards, payload as payload_lib
 from worldlm_jax.federation import Federation
+from worldlm_jax.governance import Governance
 from worldlm_jax.scoring import Score
 
 Rows = dict[str, dict[str, Any]]  # by path
@@ -140,15 +141,23 @@ class Exchanges:
     config: of the key layers.
     shared: the parts of one node's parameters that cross an edge; leaves may be abstract.
     payload: in what they do, one of `config.PAYLOADS`.
+    governance: the rules of the tree; None where there are none.
   """
 
   def __init__(
-    self, federation: Federation, config: KeyLayerConfig, shared: trees.PyTree, payload: str = "float32"
+    self, federation: Federation, config: KeyLayerConfig, shared: trees.PyTree, payload: str = "float32",
+    governance: Governance | None = None,
   ):
     self._federation, self._over_updates = federation, config.values == "updates"
     self._paths = [m.path for m in federation.members]
     self._bytes = edge_bytes(shared, config.values, payload)
     sizes = self._bytes
+    of_part = {"backbone": sizes.backbone, "key_layers": sizes.key_layers}
+    self._update_bytes = {
+      path: sum(size for part, size in of_part.items() if part in shared and (
+        governance is None or governance.sends(part, path)))
+      for path in self._paths[1:]
+    }
     self._handed = {
       "hands_backbone": sizes.backbone, "hands_key_layers": sizes.key_layers, "hands_addition": sizes.key_layers
     }
@@ -202,8 +211,8 @@ class Exchanges:
         continue
       for c, child in enumerate(federation.levels[level + 1]):
         if federation.parents[level + 1][c] == i and members_active[c]:
-          residual_bytes = self._residuals_below(child.path, present) * self._bytes.residual_layer
-          rows[child.path]["bytes_up"] += self._bytes.backbone + self._bytes.key_layers + residual_bytes
+          residual_bytes = residuals_below(federation, child.path, present) * self._bytes.residual_layer
+          rows[child.path]["bytes_up"] += self._update_bytes[child.path] + residual_bytes
           if verdict := int(np.asarray(log["verdict"])[c]) if "verdict" in log else 0:
             rows[child.path].setdefault("rejected", []).append(guards.VERDICTS[verdict])
       if "weights" in log:
@@ -216,12 +225,14 @@ class Exchanges:
         rows[member.path]["attention_up"] = _by_source([name * weights.shape[-1] for name in names], weights)
         rows[member.path]["accepted_up"] = bool(np.asarray(log["accepted"])[i])
 
-  def _residuals_below(self, path: str, present: Mapping[int, np.ndarray]) -> int:
-    inside = {m.path for m in self._federation.subtree(path)}
-    return sum(
-      int(np.sum(flags[i]))
-      for j, flags in present.items() for i, m in enumerate(self._federation.levels[j]) if m.path in inside
-    )
+
+def residuals_below(federation: Federation, path: str, present: Mapping[int, np.ndarray]) -> int:
+  """How many residual layers a node sends up, its own and those from below; `present` as in `Exchanges.up`."""
+  inside = {m.path for m in federation.subtree(path)}
+  return sum(
+    int(np.sum(flags[i]))
+    for j, flags in present.items() for i, m in enumerate(federation.levels[j]) if m.path in inside
+  )
 
 
 def present_residuals(state: state_lib.State) -> dict[int, jax.Array]:

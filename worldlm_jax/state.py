@@ -15,6 +15,7 @@ from worldlm_jax import links, local, model, partition, trees
 from worldlm_jax.config import Config
 from worldlm_jax.exchange import backbone, relevance, residuals
 from worldlm_jax.federation import Federation
+from worldlm_jax.governance import Governance, Permissions, permissions
 from worldlm_jax.privacy import policy, release
 
 
@@ -36,6 +37,8 @@ class LevelState(NamedTuple):
   trained: jax.Array  # bool [N]: whether the node trained since its last down-phase
   fresh: jax.Array  # bool [N]: whether `update` is news to the others since its last down-phase
   private: release.Private | None = None  # None where nobody's text is protected (see privacy/release.py)
+  kept: trees.PyTree = None  # by part: what federations keep of members' updates, see governance.py; None without rules
+  gain: jax.Array | None = None  # float32 [N]: how much better, in nats, a model is than its parent's; None, too
 
 
 State = tuple[LevelState, ...]
@@ -75,10 +78,14 @@ class Topology(NamedTuple):
   num_parents: int  # the same of the level above
   neighbours: links.Neighbours
   mesh: jax.sharding.Mesh  # where nodes meet
+  permissions: Permissions | None = None  # None where no node has any rules
 
 
-def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh, home: jax.sharding.Mesh) -> Topology:
-  """The relations of one level, whose nodes train on `mesh` and meet on `home`."""
+def topology(
+  federation: Federation, level: int, mesh: jax.sharding.Mesh, home: jax.sharding.Mesh,
+  governance: Governance | None = None,
+) -> Topology:
+  """The relations of one level, whose nodes train on `mesh` and meet on `home`, as far as `governance` permits them."""
   members = federation.levels[level]
   size = partition.padded_size(len(members), mesh)
 
@@ -113,11 +120,13 @@ def topology(federation: Federation, level: int, mesh: jax.sharding.Mesh, home: 
     eligible,
     {j: len(federation.levels[j]) for j in eligible}, len(federation.levels[level - 1]) if level else 0,
     links.neighbours(siblings, siblings_mask, home), home,
+    permissions(governance, level, siblings, size) if governance is not None and governance.restricts else None,
   )
 
 
 def init(
-  config: Config, federation: Federation, topologies: Sequence[Topology], params: model.Params, tracks: Sequence[str]
+  config: Config, federation: Federation, topologies: Sequence[Topology], params: model.Params, tracks: Sequence[str],
+  governance: Governance | None = None,
 ) -> State:
   """The state before the first round: all nodes hold the same parameters. Traceable; leaves `[N, ...]`.
 
@@ -139,6 +148,7 @@ def init(
 
   def node(level: int) -> LevelState:
     has_federations = bool(federation.is_federation(level).any())
+    kept = [] if governance is None else governance.keeps(level)
     return LevelState(
       params=params,
       opt_state=tx.init(params),
@@ -159,6 +169,8 @@ def init(
         {part: trees.zeros_like(params[part]) for part in tracks} if withholds else {}, jnp.float32(0), jnp.float32(0),
         jnp.int32(0),
       ) if protects else None,
+      kept={part: trees.zeros_like(params[part]) for part in kept} if kept else None,
+      gain=jnp.float32(jnp.inf) if governance is not None and governance.has_floor else None,
     )
 
   def stacked(level: int) -> LevelState:
@@ -170,3 +182,15 @@ def init(
     return found._replace(private=found.private._replace(clip=jnp.pad(clips, (0, size - len(clips)))))
 
   return tuple(stacked(level) for level in range(len(federation.levels)))
+
+
+def handed(state: State, level: int) -> trees.PyTree:
+  """What a level knows of its parents' models: a row for each node, or each parent's where nothing is rounded."""
+  if not level:
+    return None
+  return state[level - 1].params if state[level].handed is None else state[level].handed
+
+
+def with_level(state: State, level: int, new: LevelState) -> State:
+  """The state with one level replaced."""
+  return (*state[:level], new, *state[level + 1 :])

@@ -23,6 +23,7 @@ from worldlm_jax import (
   model,
   partition,
   progress,
+  receipts as receipts_lib,
   records,
   schedule,
   signals,
@@ -49,7 +50,7 @@ def run(config: config_lib.Config, workdir: str | Path, *, overwrite: bool = Fal
 
   Args:
     config: the experiment.
-    workdir: gets config.json, metrics.jsonl, summary.json, checkpoints/ and tensorboard/.
+    workdir: gets config.json, metrics.jsonl, receipts.jsonl, summary.json, checkpoints/ and tensorboard/.
     overwrite: starts afresh where the folder holds a run.
     reporter: shows progress; silent if None.
 
@@ -103,8 +104,12 @@ class _Run:
     self.test = self.texts.evaluations("test", config.evaluation.test_windows, length)
     now, self.state = self._restore_or_begin(abstract)
     shared = {part: params for part, params in model.abstract_params(self.arch).items() if part in algorithm.shares}
-    exchanges = records.Exchanges(self.federation, config.key_layers, shared, config.payload)
-    self.ledger = ledger_lib.Ledger(now, self.federation, self.texts, self.engine, exchanges, self._show)
+    exchanges = records.Exchanges(self.federation, config.key_layers, shared, config.payload, algorithm.governance)
+    sizes = records.edge_bytes(shared, config.key_layers.values, config.payload)
+    receipts = receipts_lib.Receipts(
+      algorithms.governance(config, self.federation), sizes, config.key_layers.values == "updates"
+    )
+    self.ledger = ledger_lib.Ledger(now, self.federation, self.texts, self.engine, exchanges, receipts, self._show)
     self.watchers: watching.Watchers | None = None
     self.stop = signals.Stop()
 
@@ -179,11 +184,11 @@ class _Run:
 
   def _down(self, index: int, step: schedule.Step) -> None:
     self.state, log = self.engine.down(self.state, step, index)
-    self.ledger.down(step, log)
+    self.ledger.down(index, step, log)
 
   def _up(self, index: int, step: schedule.Step) -> None:
     self.state, log = self.engine.up(self.state, step, index)
-    self.ledger.up(step, log, records.present_residuals(self.state))
+    self.ledger.up(index, step, log, records.present_residuals(self.state))
 
   def _train(self, index: int, step: schedule.Step, feed: feed_lib.Feed) -> None:
     waited = feed.wait_seconds
@@ -215,6 +220,7 @@ class _Run:
   def _show(self, index: int, shown: list[progress.Row], seconds: float) -> None:
     """Takes a finished round out of the ledger."""
     if distributed.is_lead():
+      metrics.append_jsonl(self.workdir / "receipts.jsonl", self.ledger.now.receipts)
       metrics.append_jsonl(self.workdir / "metrics.jsonl", self.ledger.now.rows.values())
     if self.watchers is not None:
       self.watchers.round(index, self.ledger.now.rows, self.ledger.now.seconds)
@@ -276,11 +282,11 @@ class _Run:
 
   def _restore_or_begin(self, abstract: state_lib.State) -> tuple[ledger_lib.Progress, state_lib.State]:
     restored = self.checkpoints.restore_newest(abstract, self.reporter.message)
-    log = self.workdir / "metrics.jsonl"
     now = ledger_lib.Progress(**restored.record) if restored else ledger_lib.Progress()
     with distributed.agreed():
       if distributed.is_lead():
-        metrics.keep_jsonl(log, lambda row: row["round"] < now.round)
+        for name in ("metrics.jsonl", "receipts.jsonl"):
+          metrics.keep_jsonl(self.workdir / name, lambda row: row["round"] < now.round)
     if restored is not None:
       self.reporter.message(f"resuming {self.workdir} after {now.round} of {len(self.rounds)} rounds")
       return now, restored.state
@@ -308,6 +314,7 @@ class _Run:
       f"writing to {self.workdir}",
       *self.spending.title(),
       *live,
+      *(self.engine.algorithm.governance.lines() if self.engine.algorithm.governance is not None else []),
     ]
 
   def _summary(self) -> dict[str, Any]:
@@ -357,7 +364,7 @@ def _check_same_in_all(description: dict[str, Any]) -> None:
   own |= {name: description["config"][name] for name in ("nodes_at_once", "mesh", "checkpoint")}
   first, *rest = distributed.gather(own)
   for i, other in enumerate(rest, 1):
-    found = config_lib.differences(first, other)
+    found = checks.differences(first, other)
     checks.require(not found, "--process_id", i, "the config of process 0, as all processes have to have",
                    f"it differs in: {'; '.join(found[:8])}")
 

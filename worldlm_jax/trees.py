@@ -43,6 +43,12 @@ def zeros_like(tree: PyTree) -> PyTree:
   return jax.tree.map(jnp.zeros_like, tree)
 
 
+def norms(tree: PyTree) -> jax.Array:
+  """The Euclidean norm of each row of leaves `[N, ...]`: float32 `[N]`."""
+  rows = [jnp.float32(leaf.reshape(len(leaf), -1)) for leaf in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(jnp.sum(jnp.square(row), axis=1) for row in rows))
+
+
 def num_parameters(tree: PyTree) -> int:
   """The number of scalars in the tree; leaves may be abstract."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))

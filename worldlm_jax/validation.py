@@ -204,6 +204,9 @@ def validate_node_settings(settings: NodeSettings, where: str) -> None:
                  settings.leaves_round, f"a round after joins_round={settings.joins_round}", "0 stays to the end")
   checks.one_of(f"{where}: trust", settings.trust, ("validated", "full"))
   checks.one_of(f"{where}: acceptance", settings.acceptance, ("always", "validated"))
+  cap = settings.member_weight_cap
+  checks.require(0 < cap <= 1, f"{where}: member_weight_cap", cap, "a number above 0, up to 1 (no cap)")
+  _in_range(f"{where}: quality_floor", settings.quality_floor, 0, math.inf, right_open=True)
   _validate_privacy(settings, where)
 
 

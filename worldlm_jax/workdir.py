@@ -64,11 +64,11 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
   if there and overwrite:
     for name in ("checkpoints", "damaged", "tensorboard", "report"):
       shutil.rmtree(workdir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "summary.json", "stopped.json", "wandb_id.txt", "report.html",
+    for name in ("metrics.jsonl", "receipts.jsonl", "summary.json", "stopped.json", "wandb_id.txt", "report.html",
                  TOKENIZER, "config.json"):
       (workdir / name).unlink(missing_ok=True)
   elif there:
-    found = config_lib.differences(comparable(there), comparable(description))
+    found = checks.differences(comparable(there), comparable(description))
     checks.require(not found, "--workdir", str(workdir), "a new folder or one that holds a run of this configuration",
                    f"it differs in: {'; '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}. "
                    "Choose another folder, or start afresh with --overwrite")

@@ -1,16 +1,17 @@
 """Algorithms: each a rule for the backbone and a rule for the key layers, in a file of its own.
 
 A row says how it arranges the configured tree (`arrange`), whether its models have key layers (`has_key_layers`;
-without them the backbone is the whole model), and how its pair of rules is made (`make`).
+without them the backbone is the whole model), which parts of a model cross an edge (`shares`), and how its pair of
+rules is made (`make`).
 """
 
 import dataclasses
 import math
 from types import ModuleType
 
-from worldlm_jax import checks, model
+from worldlm_jax import checks, governance as governance_lib, model
 from worldlm_jax.algorithms import centralized, fedavg, fedper, hierfavg, local, worldlm, worldlm_paper
-from worldlm_jax.algorithms.rules import Algorithm
+from worldlm_jax.algorithms.rules import Algorithm, averaged
 from worldlm_jax.config import ALGORITHMS, Config, num_key_layers as configured_key_layers
 from worldlm_jax.data.tokenizer import Tokenizer
 from worldlm_jax.federation import Federation
@@ -23,8 +24,17 @@ ROWS: dict[str, ModuleType] = dict(zip(
 
 
 def arranged(config: Config, federation: Federation) -> Federation:
-  """The configured tree as the config's algorithm sees it."""
-  return ROWS[config.algorithm].arrange(federation)
+  """The configured tree as the config's algorithm sees it. Raises `InputError` where rules cannot hold together."""
+  found: Federation = ROWS[config.algorithm].arrange(federation)
+  governance_lib.check(governance(config, found), config.backbone.server_optimizer)
+  return found
+
+
+def governance(config: Config, federation: Federation) -> governance_lib.Governance:
+  """The rules of a tree; where a model has no key layers of its own, those about them hold for all of it."""
+  whole = configured_key_layers(config.model) > 0 and not ROWS[config.algorithm].has_key_layers
+  over_layers = config.key_layers.values == "layers"
+  return governance_lib.Governance(federation, ROWS[config.algorithm].shares, whole, over_layers)
 
 
 def adapted(config: Config) -> Config:
@@ -34,13 +44,19 @@ def adapted(config: Config) -> Config:
 
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
-  """The pair of rules of the config's algorithm."""
+  """The pair of rules of the config's algorithm, with those that the nodes have set themselves."""
   algorithm: Algorithm = ROWS[config.algorithm].make(config, arch, federation)
   policy.check(config, federation, algorithm.shares)
-  _check_together(config, federation)
+  rules = governance(config, federation)
+  _check_together(config, federation, rules)
   algorithm = algorithm._replace(guards=config.guards)
   judges = _limits(config) or config.backbone.aggregate != "mean" or policy.any_updates(federation)
-  if not algorithm.shares or (config.payload == "float32" and not judges):
+  if algorithm.shares and rules.restricts:  # an update is what can be kept apart from everybody else's
+    algorithm = algorithm._replace(
+      governance=rules, needs_validation=algorithm.needs_validation or rules.has_floor,
+      backbone=averaged(config.backbone, by_updates=True) if algorithm.shares == ("backbone",) else algorithm.backbone,
+    )
+  if not algorithm.shares or (config.payload == "float32" and not judges and not rules.restricts):
     return algorithm
   return algorithm._replace(payload=config.payload, tracks=algorithm.shares)
 
@@ -50,8 +66,16 @@ def _limits(config: Config) -> bool:
   return config.guards.norm_ratio < math.inf or config.guards.opposition < 1
 
 
-def _check_together(config: Config, federation: Federation) -> None:
-  """Raises `InputError` where privacy would not be what is claimed for it."""
+def _check_together(config: Config, federation: Federation, rules: governance_lib.Governance) -> None:
+  """Raises `InputError` where privacy, or what nodes say in their rules, would not be what is claimed for it."""
+  if rules.restricts:
+    noised = policy.any_central(federation)
+    checks.require(not noised, "node: privacy", "central", "'local' or 'none' where nodes have rules of their own",
+                   "the noise of a mean is for one mean of all members, not for what each of them lets others have")
+    checks.require(config.backbone.aggregate == "mean", "config.backbone.aggregate", config.backbone.aggregate,
+                   "'mean' where nodes have rules of their own", "config.guards judges updates under rules, too")
+    checks.require(not (rules.has_floor and policy.any_updates(federation)), "node: quality_floor", "above 0",
+                   "0 where updates are protected", "what members report of their quality is not accounted for")
   judges = _limits(config) or config.backbone.aggregate != "mean"
   checks.require(not (judges and policy.any_central(federation)), "node: privacy", "central",
                  "a plain mean of all members: what one of them does to it is bounded no more where others decide who "

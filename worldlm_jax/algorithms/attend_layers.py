@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from worldlm_jax import model, trees
-from worldlm_jax.algorithms import acceptance
+from worldlm_jax.algorithms import acceptance, permitted
 from worldlm_jax.algorithms.rules import Ascent, Descent, Log, NodeInputs
 from worldlm_jax.config import KeyLayerConfig
-from worldlm_jax.exchange import attend, residuals as residuals_lib
+from worldlm_jax.exchange import attend, caps, residuals as residuals_lib
 from worldlm_jax.exchange.residuals import Residuals
 from worldlm_jax.state import news
 
@@ -32,17 +32,22 @@ class AttendLayers(NamedTuple):
   def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """The down-phase of a level: see `KeyLayerRule.receive`."""
     level, above, topology = descent.level, descent.above, descent.topology
-    pool, eligible_NxP = _joined(descent)
+    pool, eligible_NxPxM = _joined(descent)
+    may_take_N = permitted.takes(topology, "key_layers", jnp.ones_like(descent.takes))
+    restricted = topology.permissions is not None
 
-    def one(node, takes, kept, own, update, parents, eligible_P, backbone):
+    def one(node, takes, kept, own, update, parents, may_take, eligible_PxM, backbone):
       if descent.handed is None:
         parents = trees.take(above.params["key_layers"], parents)
+      if restricted:
+        parents = trees.where(may_take, parents, own)
       received, log = None, {}
       if pool is not None:
-        received = self._route(pool, eligible_P, *self._query(own, update, parents))
-        log = {"routed_origin": jnp.where(received.present, received.origin, -1), "routed_round": received.round}
+        received = self._route(pool, eligible_PxM, *self._query(own, update, parents))
+        log = {"routed_origin": jnp.where(received.present, received.origin, -1), "routed_round": received.round,
+               "norm_residual": jax.vmap(trees.norms)(received.layers)}
       candidates = _stack([own, parents], received, None)
-      mask_SxM = _masks([jnp.bool_(True)] * 2, received, None, own)
+      mask_SxM = _masks([jnp.bool_(True), may_take], received, None, own)
       query = own, *self._query(own, update, parents)
       prior_S = jnp.ones(mask_SxM.shape[0])
       mixed, weights = self._attend(query, candidates, mask_SxM, prior_S, node, backbone, own_first=True)
@@ -50,21 +55,22 @@ class AttendLayers(NamedTuple):
       from_parent = jnp.arange(mask_SxM.shape[0]) == 1
       weights = jnp.where(takes, jnp.float32(from_parent)[:, None], weights)
       mixed = trees.where(node.active, trees.where(takes, parents, mixed), kept)
-      log |= {"hands_key_layers": jnp.bool_(True), "weights": weights, "accepted": accepted}
+      log |= {"hands_key_layers": may_take, "weights": weights, "accepted": accepted}
       return mixed, received if level.received is not None else None, log
 
     # Rounded or noised, a node goes on from its layers as its parent knows them, lest that mix other ones than it has.
     mixed, received, log = jax.vmap(one)(
       descent.nodes, descent.takes, descent.own, level.params["key_layers"], news(level)["key_layers"],
-      topology.parent if descent.handed is None else descent.handed, eligible_NxP, descent.backbone,
+      topology.parent if descent.handed is None else descent.handed, may_take_N, eligible_NxPxM, descent.backbone,
     )
     return mixed, received, None, log
 
-  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
+  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """The up-phase of a level: see `KeyLayerRule.merge`."""
     level, below = ascent.level, ascent.below
+    caps_N, offers_C = permitted.caps_of(ascent.topology), permitted.offered(ascent.topology_below, ascent.takes_part)
 
-    def one(node, own, update, trained, own_weight, members_S, mask_S, backbone):
+    def one(node, own, update, trained, own_weight, members_S, mask_S, backbone, cap):
       mask_SxM = _masks([], None, mask_S, own)
       weight_S = jnp.where(mask_S, ascent.weights[members_S], 0.0)
       base = trees.where(trained, update, trees.zeros_like(update))
@@ -73,31 +79,32 @@ class AttendLayers(NamedTuple):
       all_weights_S = jnp.append(own_weight, weight_S)
       prior_S = jnp.ones_like(all_weights_S) if self.config.prior == "uniform" else all_weights_S
       query = own, *self._query(own, base, trees.subtract(own, base))
-      mixed, weights = self._attend(query, _stack([own], None, layers), all_mask_SxM, prior_S, node, backbone)
+      mixed, weights = self._attend(query, _stack([own], None, layers), all_mask_SxM, prior_S, node, backbone, cap=cap)
       mixed, accepted = self._accept(own, mixed, node, backbone)
       sent = None
       if level.residuals is not None:
         # A federation with a single layer to take has nothing that it could not use.
-        offered_SxM = mask_SxM & (jnp.sum(mask_S) + trained > 1)
+        offered_SxM = mask_SxM & offers_C[members_S][:, None] & (jnp.sum(mask_S) + trained > 1)
         origin_S, count = jnp.asarray(ascent.topology_below.member)[members_S], level.residuals.present.shape[1]
         sent = residuals_lib.select(layers, weights[1:], offered_SxM, origin_S, ascent.phase.round_index, count)
       if level.handed is not None:  # what a federation sends up is all that has changed
         update = trees.add(update, trees.subtract(mixed, own))
       return mixed, update, sent, {"weights": weights, "accepted": accepted}
 
-    return jax.vmap(one)(
+    mixed, update, sent, log = jax.vmap(one)(
       ascent.nodes, level.params["key_layers"], level.update["key_layers"], level.trained, ascent.own_weights,
-      ascent.topology.children, ascent.members_mask, ascent.backbone,
+      ascent.topology.children, ascent.members_mask, ascent.backbone, caps_N,
     )
+    return mixed, update, sent, None, log
 
   def _route(
-    self, pool: Residuals, eligible_P: jax.Array, direction: trees.PyTree, reference: trees.PyTree | None
+    self, pool: Residuals, eligible_PxM: jax.Array, direction: trees.PyTree, reference: trees.PyTree | None
   ) -> Residuals:
     """The pooled layers most similar to a node's own. Losses would cost too much: cosines stand in for them."""
     similarity = "param_cosine" if self.config.similarity == "validation_loss" else self.config.similarity
-    there = pool.present & eligible_P[:, None]
+    there = pool.present & eligible_PxM
     scores = attend.parameter_scores(similarity, "layer", direction, reference, pool.layers, there)
-    return residuals_lib.route(pool, eligible_P, scores[0], self.config.residuals_received)
+    return residuals_lib.route(pool, eligible_PxM, scores[0], self.config.residuals_received)
 
   def _query(
     self, own: trees.PyTree, update: trees.PyTree, parents: trees.PyTree
@@ -109,10 +116,11 @@ class AttendLayers(NamedTuple):
       return update, trees.subtract(own, update)
     return own, None
 
-  def _attend(self, query, candidates, mask_SxM, prior_S, node, backbone, *, own_first=False):
+  def _attend(self, query, candidates, mask_SxM, prior_S, node, backbone, *, own_first=False, cap=None):
     """Mixed layers and the weights `[S, M]`, averaged over tensors; `query` is (own, direction, reference).
 
-    `own_first` says that the first candidate is the node itself, which by any cosine is most like itself.
+    `own_first` says that the first candidate is the node itself, which by any cosine is most like itself. `cap`, where
+    there is one, is the largest weight of any but the first candidate; what is left falls to that one.
     """
     config, (own, direction, reference) = self.config, query
     if config.similarity == "validation_loss":
@@ -128,6 +136,11 @@ class AttendLayers(NamedTuple):
       keeps = (node.temperature == 0) & (jnp.arange(mask_SxM.shape[0]) == 0)
       scores = jnp.where(keeps[None, :, None], jnp.inf, scores)
     weights = attend.attention_weights(scores, mask_SxM, prior_S, node.temperature)
+    if cap is not None:
+      cap_M = jnp.broadcast_to(cap, weights.shape[2:])
+      others = jax.vmap(caps.capped, (0, 0, None))(weights[:, 1:], weights[:, 0], cap_M)
+      rest = jnp.sum(weights, axis=1) - jnp.sum(others, axis=1)
+      weights = jnp.concatenate([rest[:, None], others], axis=1)
     return attend.mix(own, candidates, weights), jnp.mean(weights, axis=0)
 
   def _accept(self, own, mixed, node: NodeInputs, backbone):
@@ -136,12 +149,13 @@ class AttendLayers(NamedTuple):
 
 
 def _joined(descent: Descent) -> tuple[Residuals | None, jax.Array]:
-  """All pools as one, leaves `[P, M, ...]`, and who may get which layer of it: bool `[N, P]`."""
+  """All pools as one, leaves `[P, M, ...]`, and who may get which layer of it: bool `[N, P, M or 1]`."""
   if not descent.pools:
-    return None, jnp.zeros((len(descent.takes), 0), bool)
+    return None, jnp.zeros((len(descent.takes), 0, 1), bool)
   flat = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), pool.residuals) for pool in descent.pools]
   eligible = [jnp.repeat(pool.eligible, pool.residuals.present.shape[1], axis=1) for pool in descent.pools]
-  return trees.concatenate(flat), jnp.concatenate(eligible, axis=1)
+  pool = trees.concatenate(flat)
+  return pool, permitted.residuals(descent.topology, jnp.concatenate(eligible, axis=1), pool.origin)
 
 
 def _stack(first: list, received: Residuals | None, last: trees.PyTree | None) -> trees.PyTree:

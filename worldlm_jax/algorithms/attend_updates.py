@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from worldlm_jax import links, model, trees
-from worldlm_jax.algorithms import acceptance, edges
+from worldlm_jax.algorithms import acceptance, edges, permitted
 from worldlm_jax.algorithms.rules import Ascent, Descent, Log
 from worldlm_jax.config import KeyLayerConfig
 from worldlm_jax.exchange import attend, residuals as residuals_lib, robust, rows
@@ -30,7 +30,7 @@ class _Relatives(NamedTuple):
   parent_counts: jax.Array  # bool [N]: whether the parent's update is news
   siblings: jax.Array  # int32 [N, S]: places among the rows that `Neighbours.fetch` gives
   siblings_count: jax.Array  # bool [N, S]
-  eligible: jax.Array  # bool [N, P]: who may get which residual layer
+  eligible: jax.Array  # bool [N, P, M or 1]: who may get which residual layer
 
 
 class _Offered(NamedTuple):
@@ -54,9 +54,10 @@ class AttendUpdates(NamedTuple):
     level, above, topology = descent.level, descent.above, descent.topology
     offered, eligible = _offered(descent)
     relatives = _Relatives(
-      jnp.asarray(topology.parent), above.trained[topology.parent] & descent.phase.first_repeat,
-      jnp.asarray(topology.neighbours.siblings), jnp.asarray(topology.siblings_mask) & level.fresh[topology.siblings],
-      eligible,
+      jnp.asarray(topology.parent),
+      permitted.parent_counts(topology, above.trained[topology.parent] & descent.phase.first_repeat),
+      jnp.asarray(topology.neighbours.siblings),
+      jnp.asarray(permitted.siblings(topology)) & level.fresh[topology.siblings], eligible,
     )
 
     rounds = descent.handed is not None
@@ -116,12 +117,14 @@ class AttendUpdates(NamedTuple):
     log = {}
     routed_RxM, there_RxM = jnp.zeros((0, num_layers), jnp.int32), jnp.zeros((0, num_layers), bool)
     if count:
-      counts_PxM = offered.counts & relatives.eligible[:, None] & counts_X[index_PxM]
+      counts_PxM = offered.counts & relatives.eligible & counts_X[index_PxM]
       scores_PxM = self._routing_scores(gram, n, index_PxM[:, 0], counts_PxM)
       place_RxM, there_RxM = residuals_lib.choose(scores_PxM, counts_PxM, count)
       routed_RxM = place_RxM + first_parent + num_parents
       log = {name: jnp.where(there_RxM, jnp.take_along_axis(getattr(offered, kind), place_RxM, axis=0), -1)
              for name, kind in (("routed_origin", "origin"), ("routed_round", "round"))}
+      squares_MxX = jnp.sum(jnp.diagonal(gram, axis1=2, axis2=3), axis=0)
+      log["norm_residual"] = jnp.sqrt(jnp.take_along_axis(squares_MxX.T, routed_RxM, axis=0))
 
     def every_layer(x: jax.Array) -> jax.Array:
       return jnp.broadcast_to(x[:, None], (len(x), num_layers))
@@ -140,7 +143,11 @@ class AttendUpdates(NamedTuple):
     layer_MxC = jnp.broadcast_to(jnp.arange(num_layers)[:, None], index_CxM.T.shape)
     c_TxMxX = jnp.zeros(gram.shape[:3]).at[:, layer_MxC, index_CxM.T].add(c_TxMxC)
     weights_SxM = jnp.broadcast_to(jnp.mean(weights, axis=0), mask_SxM.shape)
-    return c_TxMxX, (routed_RxM, there_RxM), log | {"weights": weights_SxM}
+    # The norm of what is added, from inner products.
+    with_sum_TxMxX = jnp.einsum("tmxy,tmy->tmx", gram, c_TxMxX, precision=jax.lax.Precision.HIGHEST)
+    squared = jnp.maximum(jnp.sum(c_TxMxX * with_sum_TxMxX), 0.0)
+    log |= {"weights": weights_SxM, "norm_addition": jnp.sqrt(squared)}
+    return c_TxMxX, (routed_RxM, there_RxM), log
 
   def _routing_scores(self, gram, n, index_P, counts_PxM):
     """How similar the pooled updates are to the n-th node's own, or to their mean where it has none: `[P, M]`."""
@@ -157,14 +164,16 @@ class AttendUpdates(NamedTuple):
     squares_MxP = jnp.diagonal(pool_MxPxP, axis1=1, axis2=2)
     return attend.cosine(products_MxP, own_squared_M[:, None], squares_MxP).T
 
-  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
+  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """The up-phase of a level: see `KeyLayerRule.merge`."""
     level, below, topology = ascent.level, ascent.below, ascent.topology
     own, update = level.params["key_layers"], level.update["key_layers"]
     num_rows, num_layers = _num_rows(own), jax.tree.leaves(own)[0].shape[1]
-    num_federations = ascent.shares.shape[1]
+    sums_CxPxQ = jnp.stack(ascent.shares.sums, axis=2)
+    num_sums = sums_CxPxQ.shape[2]
+    num_federations = sums_CxPxQ.shape[1]
     coefficients_CxMxPxQ = jnp.broadcast_to(
-      ascent.shares[:, None, :, None], (len(ascent.weights), num_layers, num_federations, 1)
+      sums_CxPxQ[:, None], (len(ascent.weights), num_layers, num_federations, num_sums)
     )
     sent = None
     if level.residuals is not None:
@@ -178,24 +187,25 @@ class AttendUpdates(NamedTuple):
       num_rows * sums_per_node, topology.mesh,
     )
     sums = jax.tree.map(lambda leaf: leaf.reshape(num_rows, sums_per_node, *leaf.shape[1:]), sums)
-    mean = jax.tree.map(lambda leaf: leaf[:, 0], sums)
+    mean, *apart = (jax.tree.map(lambda leaf, i=i: leaf[:, i], sums) for i in range(num_sums))
     if self.combine is not links.sum_members:
-      mean = self.combine(below.update["key_layers"], ascent.shares, num_rows, topology.mesh)
+      mean = self.combine(below.update["key_layers"], ascent.shares.mean, num_rows, topology.mesh)
     mean = mean if ascent.noise is None else trees.add(mean, ascent.noise)
     if sent is not None:
-      sent = sent._replace(layers=jax.tree.map(lambda leaf: leaf[:, 1:], sums))
+      sent = sent._replace(layers=jax.tree.map(lambda leaf: leaf[:, num_sums:], sums))
     mixed, accepted = self._accepted(ascent, own, trees.add(own, mean))
-    # What it takes over from its members is its own progress from now on.
-    update = trees.where(accepted, trees.add(update, mean), update)
-    share_C = jnp.sum(ascent.shares, axis=1)
+    # What it takes over from its members is its own progress from now on, as far as it may go further.
+    update = trees.where(accepted, trees.add(update, apart[0] if apart else mean), update)
+    stays = trees.where(accepted, apart[1], trees.zeros_like(apart[1])) if apart else None
+    share_C = jnp.sum(ascent.shares.mean, axis=1)
     weights_NxS = jnp.where(ascent.members_mask, share_C[topology.children], 0.0)
     weights = jnp.broadcast_to(weights_NxS[:, :, None], (*weights_NxS.shape, num_layers))
-    return mixed, update, sent, {"weights": weights, "accepted": accepted}
+    return mixed, update, sent, stays, {"weights": weights, "accepted": accepted, "share_key_layers": share_C}
 
   def _selected(self, ascent: Ascent, before: Residuals) -> tuple[Residuals, jax.Array]:
     """What each federation sends up after `before`, but for its layers, and whose they are: int32 `[N, R, M]`, of C."""
     level, below, topology, topology_below = ascent.level, ascent.below, ascent.topology, ascent.topology_below
-    share_C, counts_C = jnp.sum(ascent.shares, axis=1), ascent.takes_part & below.fresh
+    share_C, counts_C = jnp.sum(ascent.shares.mean, axis=1), ascent.takes_part & below.fresh
 
     def of_siblings(values_C: jax.Array) -> jax.Array:
       return jnp.where(topology_below.siblings_mask, values_C[topology_below.siblings], 0)
@@ -216,6 +226,7 @@ class AttendUpdates(NamedTuple):
     mask_NxS = ascent.members_mask & below.fresh[topology.children]
     # A federation with a single layer to take has nothing that it could not use.
     offered_NxS = mask_NxS & (jnp.sum(mask_NxS, axis=1) + level.trained > 1)[:, None]
+    offered_NxS &= permitted.offered(topology_below, ascent.takes_part)[topology.children]
     offered_NxSxM = jnp.broadcast_to(offered_NxS[:, :, None], (*offered_NxS.shape, num_layers))
     place_NxRxM, present = jax.vmap(residuals_lib.choose, (0, 0, None))(
       -use_CxM[topology.children], offered_NxSxM, count
@@ -263,7 +274,8 @@ def _use(table_MxXxX: jax.Array, index_C: jax.Array, share_C: jax.Array, counts_
 
 
 def _offered(descent: Descent) -> tuple[_Offered, jax.Array]:
-  """What the pools of a level hold, one after the other and without ghosts, and who may get which: bool `[N, P]`.
+  """What the pools of a level hold, one after the other and without ghosts, and who may get which: bool
+  `[N, P, M or 1]`.
 
   What was used before is not offered: each update is used once, and not when it is old.
   """
@@ -275,7 +287,8 @@ def _offered(descent: Descent) -> tuple[_Offered, jax.Array]:
     origin, made, present = own
     found.append(_Offered(origin, made, present & pool.is_news & (made >= descent.phase.round_index - 1)))
     eligible.append(jnp.repeat(pool.eligible[:, : pool.num_real], pool.residuals.present.shape[1], axis=1))
-  return trees.concatenate(found), jnp.concatenate(eligible, axis=1)
+  offered = trees.concatenate(found)
+  return offered, permitted.residuals(descent.topology, jnp.concatenate(eligible, axis=1), offered.origin)
 
 
 def _picked(

@@ -13,9 +13,10 @@ from worldlm_jax.config import Config
 from worldlm_jax.federation import Federation, pooled
 
 arrange, has_key_layers = pooled, False
+shares = ()
 
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
   """The pair of rules."""
   handed_out = BackboneRule(take_over, lambda own, server, *members: (own, server))
-  return Algorithm(handed_out, KeptKeyLayers(), shares=())
+  return Algorithm(handed_out, KeptKeyLayers(), shares=shares)

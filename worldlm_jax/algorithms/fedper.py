@@ -12,8 +12,9 @@ from worldlm_jax.config import Config
 from worldlm_jax.federation import Federation, as_given
 
 arrange, has_key_layers = as_given, True
+shares = ("backbone",)
 
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
   """The pair of rules."""
-  return Algorithm(averaged(config.backbone), KeptKeyLayers(), shares=("backbone",), weights=config.backbone.weights)
+  return Algorithm(averaged(config.backbone), KeptKeyLayers(), shares=shares, weights=config.backbone.weights)

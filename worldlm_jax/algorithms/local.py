@@ -9,8 +9,9 @@ from worldlm_jax.config import Config
 from worldlm_jax.federation import Federation, as_given
 
 arrange, has_key_layers = as_given, False
+shares = ()
 
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
   """The pair of rules."""
-  return Algorithm(KEPT_BACKBONE, KeptKeyLayers(), shares=())
+  return Algorithm(KEPT_BACKBONE, KeptKeyLayers(), shares=shares)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from worldlm_jax import links, trees
-from worldlm_jax.algorithms import edges
+from worldlm_jax.algorithms import edges, permitted
 from worldlm_jax.config import BackboneConfig, GuardConfig
 from worldlm_jax.exchange import backbone as backbone_lib, guards as guards_lib, relevance, robust
 from worldlm_jax.exchange.residuals import Residuals
+from worldlm_jax.governance import Governance
 from worldlm_jax.privacy import release
 from worldlm_jax.state import LevelState, Topology, news
 
@@ -91,8 +92,8 @@ class Ascent(NamedTuple):
   backbone: trees.PyTree  # as just merged, leaves [N, ...]
   weights: jax.Array  # float32 [C], of the level below: what its nodes weigh; 0 where they take no part
   own_weights: jax.Array  # float32 [N]: the same for the federations' own training
-  shares: jax.Array  # float32 [C, P]: what both make of it in the means of the P federations that there are
-  takes_part: jax.Array  # bool [C]
+  shares: permitted.Shares  # what both make of it in the means of the P federations that there are
+  takes_part: jax.Array  # bool [C]: whose key layers federations may look at
   members_mask: jax.Array  # bool [N, S]: which of Topology.children did
   topology: Topology
   topology_below: Topology
@@ -110,8 +111,9 @@ class KeyLayerRule(Protocol):
     Nodes that are not active keep the key layers they have; the rest of what it gives for them is not looked at.
     """
 
-  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
-    """New key layers, new updates, the residual layers each federation sends up, and the log."""
+  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, trees.PyTree, Log]:
+    """New key layers, new updates, the residual layers each federation sends up, what it keeps to itself of what it
+    merged (or None), and the log."""
 
 
 class Algorithm(NamedTuple):
@@ -127,6 +129,7 @@ class Algorithm(NamedTuple):
   goes_own_way: bool = False  # whether nodes may cease to take their parent's model (see exchange/relevance.py)
   payload: str = "float32"  # one of payload.KINDS; if not this one, `tracks` has all that it `shares`
   guards: GuardConfig = GuardConfig()  # what is rejected; where it has limits, `tracks` has all that it `shares`
+  governance: Governance | None = None  # where nodes have rules of their own; `tracks` then has the same
 
 
 KEPT_BACKBONE = BackboneRule(lambda own, parents, takes: own, lambda own, server, *members: (own, server))
@@ -139,9 +142,9 @@ class KeptKeyLayers(NamedTuple):
     """Those it has."""
     return descent.own, descent.level.received, None, {}
 
-  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, Log]:
+  def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """Those it has."""
-    return ascent.level.params["key_layers"], {}, ascent.level.residuals, {}
+    return ascent.level.params["key_layers"], {}, ascent.level.residuals, None, {}
 
 
 def take_over(own: trees.PyTree, parents: trees.PyTree, takes: jax.Array) -> trees.PyTree:
@@ -149,12 +152,15 @@ def take_over(own: trees.PyTree, parents: trees.PyTree, takes: jax.Array) -> tre
   return trees.where(takes, parents, own)
 
 
-def averaged(config: BackboneConfig) -> BackboneRule:
-  """The members' weighted mean, applied by the server optimizer; members receive their federation's backbone."""
+def averaged(config: BackboneConfig, by_updates: bool = False) -> BackboneRule:
+  """The members' weighted mean, applied by the server optimizer; members receive their federation's backbone.
+
+  `by_updates` says that it is of what their updates hold, not of what they are away from it.
+  """
   server, combine = backbone_lib.server_optimizer(config), robust.combiner(config)
 
   def merge(own, state, below, shares, mesh, noise):
-    if below.errors is not None or config.aggregate != "mean":
+    if below.errors is not None or by_updates or config.aggregate != "mean":
       # Rounded, what has not arrived of `own` at the members must not be lost.
       difference = combine(below.update["backbone"], shares, own["final_norm"].shape[0], mesh)
     elif below.private is not None and below.private.withheld:
@@ -191,10 +197,10 @@ def down(
   """
   known, handed, before, asked = level, level.handed, level, nodes
   if above is not None:
-    known = edges.as_known(level, algorithm.payload)
+    known = edges.as_known(permitted.admitted(level, topology), algorithm.payload)
     known = known._replace(fresh=known.fresh & nodes.heard)
     known = known._replace(fresh=known.fresh & (_verdicts(algorithm, known, known.fresh, topology) == 0))
-    handed = edges.handed(level, above, topology, algorithm.payload)
+    handed = permitted.handed(level, topology, edges.handed(level, above, topology, algorithm.payload))
     if algorithm.goes_own_way:
       level = level._replace(relevance=_measured_relevance(known, above, topology, nodes, phase))
   new_count: dict[str, Any] = {
@@ -211,19 +217,26 @@ def down(
     parents = handed["backbone"]
   sound = guards_lib.finite({part: above.params[part] for part in algorithm.shares}, above.fresh)[topology.parent]
   nodes = nodes._replace(active=nodes.active & sound)  # nobody takes over what is not finite
+  parents = permitted.parents(level, topology, "backbone", parents)
   takes = _takes(algorithm, level, nodes, nodes.backbone_independence, phase)
   backbone = algorithm.backbone.receive(level.params["backbone"], parents, takes)
   key_layers, received = level.params["key_layers"], level.received
   needs_all = algorithm.trusts or not algorithm.goes_own_way
-  log: Log = {"hands_backbone": takes | needs_all, "refused": asked.active & ~sound}
+  log: Log = {"hands_backbone": permitted.takes(topology, "backbone", takes | needs_all),
+              "refused": asked.active & ~sound}
+  log |= {f"norm_{part}": trees.norms(above.params[part]) for part in algorithm.shares if above.params[part]}
   if key_layers:
     takes = _takes(algorithm, level, nodes, nodes.key_layer_independence, phase)
+    takes = permitted.takes(topology, "key_layers", takes)
     pools = _pools(level, above, deeper, topology, nodes, phase)
     key_layers, received, error, key_log = algorithm.key_layers.receive(Descent(
       known, key_layers, above, handed and handed.get("key_layers"), backbone, pools, takes, topology, nodes, phase,
       algorithm.payload,
     ))
-    log |= key_log | ({"hands_key_layers": jnp.ones_like(takes)} if needs_all else {})
+    if level.kept and "key_layers" in level.kept:
+      key_layers = trees.where(takes, trees.add(key_layers, level.kept["key_layers"]), key_layers)
+    everybody = permitted.takes(topology, "key_layers", jnp.ones_like(takes))
+    log |= key_log | ({"hands_key_layers": everybody} if needs_all else {})
     if error is not None:
       begun = begun._replace(errors=begun.errors | {"addition": error})
   after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
@@ -248,46 +261,72 @@ def up(
     phase: the round.
     guards: where some federation noises its mean.
   """
-  below = edges.as_known(below, algorithm.payload)
+  below = edges.as_known(permitted.admitted(below, topology_below), algorithm.payload)
   level = level._replace(update=news(level))
   verdict = _verdicts(algorithm, below, (arrived > 0) & below.fresh, topology_below)
   arrived = jnp.where(verdict == 0, arrived, 0.0)
   below_active = arrived > 0
   weight = jnp.where(below_active & nodes.active[topology_below.parent], arrived * below.weight, 0.0)
+  travelling = permitted.travelling(topology_below, weight)
   gained = jax.ops.segment_sum(weight, topology_below.parent, level.weight.shape[0])
+  sends = gained
+  if travelling is not weight:
+    sends = jax.ops.segment_sum(travelling, topology_below.parent, level.weight.shape[0])
   own_weight = jnp.where(level.trained, level.own_weight, 0.0)
   if algorithm.weights == "uniform":
     weight, own_weight = jnp.where(weight > 0, arrived, 0.0), jnp.float32(level.trained)
-  shares = backbone_lib.shares(jnp.asarray(topology_below.parent), weight, own_weight, topology_below.num_parents)
+  shares = permitted.shares(topology, topology_below, "backbone", weight, own_weight)
   noise, private = {}, level.private
-  if guards is not None and private is not None and below.private is not None:
+  if guards is not None and private is not None and below.private is not None:  # no rules then: see `algorithms.make`
     like = {part: level.params[part] for part in algorithm.shares}
     clip_C = below.private.clip
-    noise = release.mean_noise(like, shares, clip_C, guards.level, guards.below, private)
+    noise = release.mean_noise(like, shares.mean, clip_C, guards.level, guards.below, private)
     parent_C = jnp.asarray(topology_below.parent)
     within_C = below.private.within
-    private = release.merged(private, guards.level, guards.below, within_C, shares, parent_C)
-  merged, server = algorithm.backbone.merge(
-    level.params["backbone"], level.server, below, shares, topology.mesh, noise.get("backbone")
-  )
-  members_mask = jnp.asarray(topology.children_mask) & below_active[topology.children]
-  key_layers, update, residuals = level.params["key_layers"], level.update, level.residuals
+    private = release.merged(private, guards.level, guards.below, within_C, shares.mean, parent_C)
+  own = level.params["backbone"]
+
+  def merged_by(counts: jax.Array) -> tuple[trees.PyTree, trees.PyTree]:
+    return algorithm.backbone.merge(own, level.server, below, counts, topology.mesh, noise.get("backbone"))
+
+  merged, server = merged_by(shares.mean)
+  log: Log = {"verdict": verdict, "share_backbone": jnp.sum(shares.mean, axis=1)}
+  log |= {f"norm_{part}": trees.norms(moved) for part, moved in _moved(algorithm, level, below, topology_below).items()}
+  log |= {"gain": below.gain} if below.gain is not None else {}
+  key_layers, update, residuals, kept = level.params["key_layers"], level.update, level.residuals, level.kept
   if "backbone" in update:
-    moved = trees.subtract(merged, level.params["backbone"])
+    moved = trees.subtract(merged if shares.travels is None else merged_by(shares.travels)[0], own)
     update = update | {"backbone": trees.add(update["backbone"], moved)}
-  log: Log = {"verdict": verdict}
+    kept = permitted.keep(level, "backbone", None if shares.stays is None else
+                          trees.subtract(merged_by(shares.stays)[0], own))
   if key_layers:
-    key_layers, key_update, residuals, key_log = algorithm.key_layers.merge(
-      Ascent(level, below, merged, weight, own_weight, shares, below_active, members_mask, topology, topology_below,
+    takes_part = permitted.members(topology_below, below_active, below)
+    members_mask = jnp.asarray(topology.children_mask) & takes_part[topology.children]
+    shares = permitted.shares(topology, topology_below, "key_layers", weight, own_weight)
+    key_layers, key_update, residuals, stays, key_log = algorithm.key_layers.merge(
+      Ascent(level, below, merged, weight, own_weight, shares, takes_part, members_mask, topology, topology_below,
              nodes, phase, noise.get("key_layers"))
     )
     update = update | {"key_layers": key_update} if "key_layers" in update else update
+    kept = permitted.keep(level._replace(kept=kept), "key_layers", stays)
     log |= key_log
   after = level._replace(
     params={"backbone": merged, "key_layers": key_layers}, server=server, update=update, residuals=residuals,
-    weight=level.weight + gained, fresh=level.fresh | (gained > 0), private=private,
+    weight=level.weight + sends, fresh=level.fresh | (sends > 0), private=private, kept=kept,
   )
   return trees.where(nodes.active & (gained > 0), after, level), log  # where nobody trained, nothing is merged
+
+
+def _moved(
+  algorithm: Algorithm, level: LevelState, below: LevelState, topology_below: Topology
+) -> dict[str, trees.PyTree]:
+  """The updates that members send, by part; where they are not kept, what they are away from their federation."""
+  parts = [part for part in algorithm.shares if level.params[part]]
+  if set(parts) <= set(below.update):
+    return {part: below.update[part] for part in parts}
+  parents = links.take_parents({part: level.params[part] for part in parts}, topology_below.parent,
+                               topology_below.num_parents, topology_below.mesh)
+  return trees.subtract({part: below.params[part] for part in parts}, parents)
 
 
 def _verdicts(algorithm: Algorithm, known: LevelState, there: jax.Array, topology: Topology) -> jax.Array:

@@ -21,6 +21,7 @@ from worldlm_jax.exchange import backbone as backbone_lib, robust
 from worldlm_jax.federation import Federation, as_given
 
 arrange, has_key_layers = as_given, True
+shares = ("backbone", "key_layers")
 
 
 def make(config: Config, arch: model.Architecture, federation: Federation) -> Algorithm:
@@ -41,8 +42,7 @@ def make(config: Config, arch: model.Architecture, federation: Federation) -> Al
   else:
     key_layers = AttendLayers(config.key_layers, arch, any_validated)
   return Algorithm(
-    BackboneRule(take_over, merge), key_layers, shares=("backbone", "key_layers"),
-    tracks=("backbone", "key_layers"), weights=config.backbone.weights,
+    BackboneRule(take_over, merge), key_layers, shares=shares, tracks=shares, weights=config.backbone.weights,
     needs_validation=trusts or any_validated or config.key_layers.similarity == "validation_loss", trusts=trusts,
     goes_own_way=True,
   )

@@ -12,10 +12,10 @@ import copy
 import dataclasses
 import math
 
-from worldlm_jax.algorithms.worldlm import arrange, has_key_layers, make
+from worldlm_jax.algorithms.worldlm import arrange, has_key_layers, make, shares
 from worldlm_jax.config import Config
 
-__all__ = ["adapt", "arrange", "has_key_layers", "make"]
+__all__ = ["adapt", "arrange", "has_key_layers", "make", "shares"]
 
 
 def adapt(config: Config) -> Config:

@@ -55,16 +55,16 @@ def select(
   )
 
 
-def route(pool: Residuals, eligible_P: jax.Array, scores_PxM: jax.Array, count: int) -> Residuals:
+def route(pool: Residuals, eligible_PxM: jax.Array, scores_PxM: jax.Array, count: int) -> Residuals:
   """The `count` pooled layers with the highest score among the eligible, for every layer index.
 
   Args:
     pool: P residual layers, leaves `[P, M, ...]`.
-    eligible_P: bool `[P]`, which of them may go to this child.
+    eligible_PxM: bool `[P, M or 1]`, which of them may go to this child.
     scores_PxM: their similarity to the child's own layers.
     count: R of the result; places for which nothing is eligible stay empty.
   """
-  index_RxM, present_RxM = choose(scores_PxM, pool.present & eligible_P[:, None], count)
+  index_RxM, present_RxM = choose(scores_PxM, pool.present & eligible_PxM, count)
   return Residuals(
     _gather(pool.layers, index_RxM),
     jnp.take_along_axis(pool.origin, index_RxM, axis=0),

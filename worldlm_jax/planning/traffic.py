@@ -115,16 +115,21 @@ class _Play:
   def _model_down(self, member: Member) -> int:
     """What a node may be sent of its parent's model, as it is and as additions to its own key layers."""
     sizes, algorithm, settings = self._bytes, self._algorithm, member.settings
+    rules = algorithm.governance
+    may_backbone, may_layers = (
+      rules is None or part not in algorithm.shares or not rules.takes(part, member.path)
+      for part in ("backbone", "key_layers")
+    )
     if not algorithm.goes_own_way:
-      return sizes.backbone + sizes.key_layers
+      return sizes.backbone * may_backbone + sizes.key_layers * may_layers
     backbone_never, layers_never = (
       c == math.inf for c in (settings.backbone_independence, settings.key_layer_independence)
     )
-    layers_always = not layers_never and (settings.key_layer_independence == 0 or not member.trains)
+    layers_always = may_layers and not layers_never and (settings.key_layer_independence == 0 or not member.trains)
     backbone = algorithm.trusts or not backbone_never
     layers = algorithm.trusts or not self._over_updates or not layers_never
     additions = self._over_updates and not layers_always
-    return sizes.backbone * backbone + sizes.key_layers * (layers + additions)
+    return sizes.backbone * (backbone and may_backbone) + sizes.key_layers * ((layers and may_layers) + additions)
 
   def _pool(self, index: int, step: schedule.Step, i: int) -> list[int]:
     """The rounds that made the residual layers which node i of a level may get."""
@@ -153,7 +158,9 @@ class _Play:
     for c, child in enumerate(federation.levels[level + 1]):
       if step.active[parents[c]]:
         count = sum(len(self._sent[j][i]) for j, i in self._below[child.path])
-        model = self._bytes.backbone + self._bytes.key_layers
+        sizes = {"backbone": self._bytes.backbone, "key_layers": self._bytes.key_layers}
+        rules = self._algorithm.governance
+        model = sum(sizes[part] for part in self._algorithm.shares if rules is None or rules.sends(part, child.path))
         traffic[child.path][1] += model + count * self._num_layers * self._bytes.residual_layer
 
 

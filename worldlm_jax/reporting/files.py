@@ -74,6 +74,7 @@ class Run:
   summary: Mapping[str, Any] | None  # summary.json; None while the run is unfinished
   stopped: str  # why it cannot go on; "" if it can
   tree: Tree
+  receipts: tuple[Mapping[str, Any], ...] = ()  # receipts.jsonl; runs of earlier versions have none
 
   @property
   def rounds_done(self) -> int:
@@ -171,7 +172,8 @@ def load_run(folder: Path) -> Run:
   checks.require(set(tree.paths) == set(record["nodes"]), f"{folder / 'config.json'}: nodes", list(record["nodes"])[:8],
                  "a tree: one root, and everybody else's parent")
   rows = tuple(row for row in metrics.read_jsonl(folder / "metrics.jsonl") if row["node"] in record["nodes"])
-  return Run(folder, record, rows, summary, str(stopped["reason"]), tree)
+  receipts = tuple(metrics.read_jsonl(folder / "receipts.jsonl"))
+  return Run(folder, record, rows, summary, str(stopped["reason"]), tree, receipts)
 
 
 def _load_comparison(folder: Path) -> Comparison:

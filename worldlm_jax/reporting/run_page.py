@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_jax.reporting import figures, heat_maps, page, privacy_section, run_charts, tree_charts, words
+from worldlm_jax.reporting import figures, flows, heat_maps, page, privacy_section, run_charts, tree_charts, words
 from worldlm_jax.reporting.files import Run, changed_settings, own_settings
 from worldlm_jax.reporting.page import Html
 
@@ -26,6 +26,7 @@ def make(run: Run, title: str, back: str = "") -> tuple[str, list[figures.Chart]
     "Every model on every text": _matrix(run, drawn), "Attention of key layers": _attention(run, drawn),
     "Routes of residual layers": _routes(run, drawn), "What the edges carried": _traffic(run, drawn),
     "Privacy": privacy_section.make(run), "Where the time went": _time(run, drawn),
+    "Who gave what to whom": flows.section(run.receipts, run.tree),
     "Configuration": _configuration(run),
   }
   columns = [[["Attention of key layers"],
