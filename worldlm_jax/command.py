@@ -72,7 +72,7 @@ class Flags:
     for flag in sorted(own, key=lambda flag: flag.name not in self.required):
       text = (flag.help or "").partition(REPEATED)[0]
       if flag.default not in (None, False, "", 0, -1, []):
-        text += f" Default: {flag.default_as_str.strip(chr(39))}."
+        text += f" Default: {str(flag.default_as_str).strip(chr(39))}."
       if flag.name in self.required:
         text += " Required."
       first, *rest = textwrap.wrap(text, max(width - column, 30))

@@ -238,7 +238,7 @@ class Engine:
     parents = self._moved(self._call(("parents", level, len(rows)), parents_of_wave, handed, np.int32(start),
                                      mesh=self.home, donate=False, logs=False))
 
-    def measured(function: Callable, what: str, before: jax.Array, who: np.ndarray) -> jax.Array:
+    def measured(function: Callable, what: str, before: jax.Array | None, who: np.ndarray) -> jax.Array:
       inputs = self._put((windows, counts, who), self.mesh)
       return self._call((what, len(rows)), function, before, wave.params, parents, *inputs, logs=False)
 
