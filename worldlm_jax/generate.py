@@ -7,6 +7,7 @@
 Ends where a model ends the document, or after --max_tokens.
 """
 
+import contextlib
 import itertools
 import sys
 import unicodedata
@@ -63,13 +64,15 @@ def show(models: Sequence[released.Released], prompt: str, added: Sequence[Itera
     return
   texts = [Text(_printable(prompt, console), style="dim") for _ in models]
   titles = [model.path for model in models]
-  with Live(console=console, refresh_per_second=12, transient=False) as live:
+  live = Live(console=console, refresh_per_second=12) if console.is_terminal else None
+  with live or contextlib.nullcontext():
     for pieces in itertools.zip_longest(*added, fillvalue=""):
       for text, piece in zip(texts, pieces, strict=True):
         text.append(_printable(piece, console), style="not dim")
-      if console.is_terminal:
+      if live:
         live.update(_arranged(titles, texts, console.width))
-    live.update(_arranged(titles, texts, console.width if console.is_terminal else 0))
+  if not live:
+    console.print(_arranged(titles, texts, 0))
 
 
 def _arranged(titles: Sequence[str], texts: Sequence[Text], width: int) -> RenderableType:

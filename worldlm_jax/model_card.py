@@ -18,7 +18,7 @@ def make(model: Released) -> str:
   """The card, as Markdown with the front matter that the Hugging Face hub reads."""
   tree = model.run.tree
   front = {"library_name": "transformers", "pipeline_tag": "text-generation",
-           "tags": ["worldlm", "federated-learning", model.run.algorithm]}
+           "tags": ["federated-learning", *dict.fromkeys(["worldlm", model.run.algorithm])]}
   parts = [
     "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in front.items()) + "---",
     f"# {_name(model, model.path)}",
@@ -71,9 +71,9 @@ def _architecture(model: Released) -> Iterator[str]:
   if arch.num_key_layers:
     layers += f", the last {arch.num_key_layers} of them key layers, which are the node's own"
   yield (f"`LlamaForCausalLM`: {parameters:,} parameters, {layers}; width {arch.d_model}, {arch.num_heads} heads on "
-         f"{arch.num_kv_heads} key-value heads, feed-forward width {arch.d_ff}, vocabulary {arch.vocab_size:,} "
-         f"(tokenizer: {model.tokenizer.name}), {'tied' if arch.tied_head else 'untied'} head, rotary base "
-         f"{arch.rope_base:g}.")
+         f"{words.counted(arch.num_kv_heads, 'key-value head')}, feed-forward width {arch.d_ff}, vocabulary "
+         f"{arch.vocab_size:,} (tokenizer: {model.tokenizer.name}), {'tied' if arch.tied_head else 'untied'} head, "
+         f"rotary base {arch.rope_base:g}.")
   if start := model.config.model.init_from:
     yield f"Training started from the parameters of `{start}`; its licence may bind this model too."
 
