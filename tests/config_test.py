@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from worldlm_jax import config as c, federation, validation
+from worldlm_jax import checks, config as c, federation, validation
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 # Any value of the type is one; or what it names is looked for later, as a tokenizer and a model to start from are.
@@ -143,14 +143,14 @@ def test_to_dict_is_json_that_survives_a_round_trip() -> None:
 
 def test_differences_name_fields_with_both_values() -> None:
   old, new = c.to_dict(_tree()), c.to_dict(_changed(_changed(_tree(), "rounds", 11), "node.clip_norm", math.inf))
-  assert c.differences(old, new) == ["node.clip_norm: 1.0 there, \"inf\" here", "rounds: 10 there, 11 here"]
-  assert c.differences(old, old) == []
+  assert checks.differences(old, new) == ["node.clip_norm: 1.0 there, \"inf\" here", "rounds: 10 there, 11 here"]
+  assert checks.differences(old, old) == []
 
 
 def test_differences_of_lists_and_of_missing_fields() -> None:
-  assert c.differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a[1].b: 2 there, 3 here"]
-  assert c.differences({"a": [1]}, {"a": [1, 2]}) == ["a: [1] there, [1, 2] here"]
-  assert c.differences({"old": 1}, {"new": {"b": 2}}) == ['new: null there, {"b": 2} here', "old: 1 there, null here"]
+  assert checks.differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a[1].b: 2 there, 3 here"]
+  assert checks.differences({"a": [1]}, {"a": [1, 2]}) == ["a: [1] there, [1, 2] here"]
+  assert checks.differences({"old": 1}, {"new": {"b": 2}}) == ['new: null there, {"b": 2} here', "old: 1 there, null here"]
 
 
 # ml_collections loads config files with importlib's old interface.

@@ -199,10 +199,11 @@ def resolve(config: config_lib.Config) -> Federation:
       own |= config.federation.overrides.get(place, {})
     unused.pop(path, None)
     settings = _override(inherited, own, f"node {path!r}")
+    validation.validate_node_settings(settings, f"node {path!r}")
     settings.joins_round = max(settings.joins_round, places.arrivals.get(path, 0))
     if left := places.departures.get(path):
       settings.leaves_round = min(left, settings.leaves_round or left)
-    validation.validate_node_settings(settings, f"node {path!r}")
+    validation.validate_node_settings(settings, f"node {path!r}")  # with the rounds of moves
     if not node.children and node.data is None:
       checks.fail(f"node {path!r}: data", None, "a source of text at every node without children",
                   "give it data or remove the node")
