@@ -7,9 +7,10 @@ Machine: 2 CPU cores. With ten nodes a run takes about a minute and there are 17
 command in a second terminal shares the work. Expect DIR/comparison.md; docs/results.md has ours.
 
 Every node clips its update at a norm of 8 and adds noise before it leaves (local privacy of the whole text); the number
-in an entry's name is the noise multiplier. At delta 1e-5, ten releases have an epsilon of 17 for a multiplier of 1, of
-507 for 0.1 and of 44,000 for 0.01: the weaker two promise nothing, and show how an algorithm takes to noise. Means of a
-few organisations cannot average the noise of 1 away; epsilons worth having need very many members, or DP-SGD.
+in an entry's name is the noise multiplier. At delta 1e-5, ten releases have an epsilon of 18 for a multiplier of 1, of
+6,000 for 0.03 and of 560,000 for 0.003: the weaker two promise nothing, and show how an algorithm takes to noise.
+Means of a few organisations cannot average the noise of 1 away; epsilons worth having need very many members, or
+DP-SGD.
 """
 
 from worldlm_jax import config as c, model

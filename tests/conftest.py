@@ -8,6 +8,7 @@ import os
 os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([
   *os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_optimization_level=0",
   "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
 ]))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 

@@ -89,7 +89,7 @@ def test_engine_equals_the_loop(rounds, key_layers, mode, num_devices):
   num_rounds = 3 if mode in ("absent", "independence") else 2
   harness = check_against_oracle(rounds, config, num_rounds, absent, num_devices)
   if key_layers.get("values") == "layers":
-    check_attention_sums_to_one(harness, PRESENT if absent else ())
+    check_attention_sums_to_one(harness, mode not in ("absent", "sequential"), PRESENT if absent else ())
   if by_cosine:
     check_keepers_keep_their_own(harness)
   if num_devices == 8:
@@ -98,8 +98,8 @@ def test_engine_equals_the_loop(rounds, key_layers, mode, num_devices):
     assert leaf.addressable_shards[0].data.shape[0] == 1  # 5 nodes and 3 ghosts, one per device
 
 
-def check_attention_sums_to_one(harness, present):
-  """And that the absent get nothing of it; `present` says for each round who is there."""
+def check_attention_sums_to_one(harness, everybody, present):
+  """Or to zero where not `everybody` takes part; `present` says for each round who gets anything at the root."""
   at_the_root = []
   for kind, level, log in harness.logs:
     if "weights" in log:
@@ -107,7 +107,7 @@ def check_attention_sums_to_one(harness, present):
       taking_part = np.zeros(len(total), bool)
       federations = harness.federation.is_federation(level)
       taking_part[: len(federations)] = federations if kind == "up" else True
-      np.testing.assert_allclose(total[taking_part], 1, atol=1e-6)
+      np.testing.assert_allclose(total[taking_part], 1 if everybody else total[taking_part] > 0.5, atol=1e-6)
       at_the_root += [log["weights"][0]] if (kind, level) == ("up", 0) else []
   assert at_the_root
   for weights, there in zip(at_the_root, present, strict=bool(present)):  # candidates: itself, a, b and c
