@@ -150,7 +150,8 @@ def test_differences_name_fields_with_both_values() -> None:
 def test_differences_of_lists_and_of_missing_fields() -> None:
   assert checks.differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a[1].b: 2 there, 3 here"]
   assert checks.differences({"a": [1]}, {"a": [1, 2]}) == ["a: [1] there, [1, 2] here"]
-  assert checks.differences({"old": 1}, {"new": {"b": 2}}) == ['new: null there, {"b": 2} here', "old: 1 there, null here"]
+  found = checks.differences({"old": 1}, {"new": {"b": 2}})
+  assert found == ['new: null there, {"b": 2} here', "old: 1 there, null here"]
 
 
 # ml_collections loads config files with importlib's old interface.

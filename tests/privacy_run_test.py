@@ -82,6 +82,15 @@ def test_the_ledger_has_what_happened(finished, config):
   assert "organisation" in lines[0] and "zero-out" in lines[0] and lines[-1] == "not protected: c"
 
 
+def test_receipts_say_what_each_release_cost(finished):
+  summary, workdir, _ = finished
+  receipts = [json.loads(line) for line in (workdir / "receipts.jsonl").read_text().splitlines()]
+  costs = {(r["from"], r["round"]): r["privacy_cost"] for r in receipts if r["phase"] == "up"}
+  paid = {place: cost for place, cost in costs.items() if cost is not None}
+  assert set(paid) == {("a", 0), ("a", 1)} and paid["a", 0] > paid["a", 1] > 0
+  assert sum(paid.values()) == pytest.approx(summary["privacy"]["nodes"]["a"]["organisation"]["epsilon"], rel=1e-5)
+
+
 def test_a_resumed_run_goes_on_with_its_ledger(finished, config, tmp_path, monkeypatch):
   summary, _, _ = finished
   real = train._Run._save

@@ -176,7 +176,9 @@ class Ledger:
     def make(found: Any) -> None:
       records.add_turnouts(self.now.rows, step)
       self._exchanges.up(self.now.rows, step.level, step.active, arrived, topology, *found)
-      self.now.receipts += self._receipts.up(index, step.level, step.active, arrived, topology, *found)
+      # Who has not trained in this round has released nothing new.
+      releases = {path: n for path, (n, _) in self.now.private.items() if "steps" in self.now.rows[path]}
+      self.now.receipts += self._receipts.up(index, step.level, step.active, arrived, topology, releases, *found)
 
     self._put("aggregating", self._snapshot((log, present), self._engine.home), make)
 

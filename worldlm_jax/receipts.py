@@ -9,10 +9,12 @@ A line of receipts.jsonl has these fields:
   part          "backbone", "key_layers", "addition" (what a parent adds to a node's key layers), "residual_layer"
   bytes         that crossed the edge; 0 for what is within something else that did, or did not cross
   norm          Euclidean, of what was sent: an update as it arrived, a parent's part of a model, an addition
-  privacy_cost  what it cost the sender's privacy budget; null where nothing is accounted for
+  privacy_cost  epsilon, at the sender's privacy_delta: what the release of its update added to what it had spent. All
+                parts are one release, so each line of it has the same; null where nothing is accounted for, or no bound
   decision      "sent" | "capped" (it counts less than it would have) | "withheld" (by a rule of the sender's, or of
-                somebody whose learning it holds) | "rejected" (by a rule of the receiver's)
-  rule          that decided, such as "share_key_layers=federation of law/eu"; "" where none restricted anything
+                somebody whose learning it holds) | "rejected" (by a rule of the receiver's, or by its guards)
+  rule          that decided, such as "share_key_layers=federation of law/eu" or "guards: too_large"; "" where none
+                restricted anything
   weight        up: what it counted in the federation's mean; attention: how much of it was added
   reach         up: the highest federation whose mean it is in; null where it is in none
 
@@ -20,6 +22,8 @@ What rules leave out of a pool of residual layers has no line for each reader, b
 may get. Lines stand in the order of the phases, so repeats within a round come one after the other.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +31,11 @@ from typing import Any
 import numpy as np
 
 from worldlm_jax import records, state as state_lib
+from worldlm_jax.config import NodeSettings
+from worldlm_jax.exchange import guards
+from worldlm_jax.federation import Member
 from worldlm_jax.governance import KEY_LAYERS, Governance
+from worldlm_jax.privacy import accounting
 
 Receipt = dict[str, Any]
 
@@ -99,15 +107,19 @@ class Receipts:
     ]
 
   def up(self, index: int, level: int, active: np.ndarray, members_active: np.ndarray, topology: state_lib.Topology,
-         log: Mapping[str, Any], present: Mapping[int, np.ndarray]) -> list[Receipt]:
-    """Of an up-phase; `log` is that of `rules.up`, `present` as in `records.Exchanges.up`."""
+         releases: Mapping[str, int], log: Mapping[str, Any], present: Mapping[int, np.ndarray]) -> list[Receipt]:
+    """Of an up-phase; `log` is that of `rules.up`, `present` as in `records.Exchanges.up`.
+
+    `releases` says how many releases nodes have made, the one that is sent included; nobody else has released anything.
+    """
     found, governance = [], self._governance
     for c, member in enumerate(self._federation.levels[level + 1]):
       i = self._federation.parents[level + 1][c]
       if not (active[i] and members_active[c]):
         continue
       path, parent = member.path, str(member.parent)
-      fails = self._not_good_enough(parent, c, log)
+      fails = self._not_good_enough(parent, c, log) or _guarded(log, c)
+      cost = _cost(member, releases.get(path, 0))
       for part in governance.shares:
         why = governance.merges(part, path) or fails
         weight = self._weight(part, int(i), c, topology, log)
@@ -118,7 +130,7 @@ class Receipts:
         found.append(_receipt(
           index, "up", path, parent, part, size, _number(log, f"norm_{part}", c) if size else None, rule,
           None if why else weight, None if why else governance.reached(part, path),
-          "" if why else "capped" if capped else "sent",
+          "" if why else "capped" if capped else "sent", cost if size else None,
         ))
       if count := records.residuals_below(self._federation, path, present):
         found.append(_receipt(index, "up", path, parent, "residual_layer", count * self._residual_bytes))
@@ -141,13 +153,33 @@ class Receipts:
 
 def _receipt(
   index: int, phase: str, source: str, reader: str, part: str, size: int = 0, norm: float | None = None, rule: str = "",
-  weight: float | None = None, reach: str | None = None, decision: str = "",
+  weight: float | None = None, reach: str | None = None, decision: str = "", cost: float | None = None,
 ) -> Receipt:
   decision = decision or ("sent" if not rule else "withheld" if rule.startswith("share_") else "rejected")
   return {
     "round": index, "phase": phase, "from": source, "to": reader, "part": part, "bytes": size, "norm": norm,
-    "privacy_cost": None, "decision": decision, "rule": rule, "weight": weight, "reach": reach,
+    "privacy_cost": cost, "decision": decision, "rule": rule, "weight": weight, "reach": reach,
   }
+
+
+def _guarded(log: Mapping[str, Any], c: int) -> str:
+  """Why guards rejected a member's update; "" if they did not."""
+  verdict = int(np.asarray(log["verdict"])[c]) if "verdict" in log else 0
+  return f"guards: {guards.VERDICTS[verdict]}" if verdict else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _epsilon(noise: tuple[Any, ...], releases: int) -> float:
+  return accounting.update_epsilon(NodeSettings(**dict(noise)), releases)
+
+
+def _cost(member: Member, releases: int) -> float | None:
+  """What the last of a member's releases added to its epsilon."""
+  if member.settings.privacy == "none" or not releases or not member.trains:
+    return None
+  noise = tuple((name, value) for name, value in dataclasses.asdict(member.settings).items() if "privacy" in name)
+  cost = _epsilon(noise, releases) - (_epsilon(noise, releases - 1) if releases > 1 else 0.0)
+  return float(f"{cost:.6g}") if math.isfinite(cost) else None
 
 
 def _flag(log: Mapping[str, Any], name: str, place: Any) -> bool:
