@@ -60,7 +60,7 @@ def test_every_command_shows_how_it_is_called(module: str) -> None:
 
 def test_help_has_the_description_the_flags_and_the_exit_codes() -> None:
   done = subprocess.run([sys.executable, "-m", "worldlm_jax", "report", "--help"], capture_output=True, text=True,
-                        cwd=REPOSITORY, timeout=60)
+                        cwd=REPOSITORY, timeout=300)
   assert (done.returncode, done.stderr) == (0, "")
   assert done.stdout.startswith(_documentation("report"))
   flags = done.stdout[done.stdout.index("\nFlags:") : done.stdout.index("\nExit codes:")]

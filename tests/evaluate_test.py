@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from rich.console import Console
 
-from worldlm_jax import checkpoint, checks, config, evaluate, ledger, text_scores, workdir
+from worldlm_jax import checkpoint, checks, config, engine, evaluate, ledger, text_scores, workdir
 from worldlm_jax.data import evaluation, tokenizer as tokenizer_lib, windows
 
 TEXTS = {"grain": "wheat rye oats\n\nbarley and maize and rye\n\n" * 9, "short": "rye, of which there is little"}
@@ -59,7 +59,7 @@ def test_a_text_is_scored_as_the_run_scores_its_own(
   read = text_scores.read(texts["grain"], tokenizer_lib.ByteTokenizer(), config.DataConfig(sequence_length=7))
   given = evaluation.Evaluation([read.windows if i == row else None for i in range(len(level))], 0, 8)
   mask = np.arange(len(level)) == row
-  loss = float(jax.device_get(harness.engine.score(harness.state, 1, given, mask))[row])
+  loss = engine.scores_by_row(harness.engine.score(harness.state, 1, given, mask), len(level))[row]
   found = content["nodes"]["a"]["texts"][texts["grain"]]
   assert found["windows"] == len(read.windows) and found["tokens"] == 7 * len(read.windows)
   assert found["loss_nats"] * found["tokens"] == pytest.approx(loss, rel=1e-5)

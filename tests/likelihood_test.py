@@ -1,6 +1,7 @@
 """Likelihoods of texts against the model's own logits, and the laws of probability."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -20,6 +21,10 @@ def scorer() -> likelihood.Scorer:
   return likelihood.Scorer(ARCH, _params(), LENGTH, tokens_at_once=64)
 
 
+_apply = jax.jit(functools.partial(model.apply, ARCH))
+
+
+@functools.cache
 def _params() -> model.Params:
   """Larger than a model begins with, so that tokens differ in likelihood."""
   return jax.tree.map(lambda leaf: 3 * leaf, model.init(ARCH, jax.random.key(3)))
@@ -31,7 +36,9 @@ def _tokens(length: int, seed: int = 0) -> np.ndarray:
 
 def _log_probabilities(tokens: np.ndarray) -> np.ndarray:
   """Of every token but the first, each given all before it: float64 `[n - 1, V]`."""
-  logits = np.asarray(model.apply(ARCH, _params(), tokens[None, :-1])[0], np.float64)
+  padded = np.zeros((1, LENGTH), np.int64)  # of one length, to be compiled once; what comes after is not seen
+  padded[0, : len(tokens) - 1] = tokens[:-1]
+  logits = np.asarray(_apply(_params(), padded)[0, : len(tokens) - 1], np.float64)
   return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 

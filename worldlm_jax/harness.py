@@ -175,8 +175,8 @@ class Tasks:
         "version": found["versions"].get(name),
         "num_fewshot": found["n-shot"].get(name),
         "documents": found["n-samples"].get(name, {}).get("effective"),
-        "metrics": _metrics(values),
-      } for name, values in found["results"].items()
+        "metrics": metrics,
+      } for name, values in found["results"].items() if (metrics := _metrics(values))  # some groups have none
     }
 
   def _matching(self, name: str) -> list[str]:
@@ -206,5 +206,5 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     if comma and not name.endswith("_stderr"):
       error = values.get(f"{name}_stderr,{used}")
       label = name if used == "none" else f"{name} ({used})"
-      found[label] = {"value": value, "standard_error": error if isinstance(error, float) else None}
+      found[label] = {"value": float(value), "standard_error": float(error) if isinstance(error, float) else None}
   return found
