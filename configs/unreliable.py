@@ -4,8 +4,8 @@
   python -m worldlm_jax.main --config=configs/unreliable.py --workdir=runs/reliable \
     --config.node.loss_before=0.0 --config.node.loss_after=0.0
 
-Machine: 2 CPU cores, about two minutes each. Two families of three artificial languages. Expect the mean personalised
-test perplexity of the first to be within 5 % of that of the second; docs/results.md has the figures. In
+Machine: 2 CPU cores, a few minutes each. Two families of three artificial languages. Expect a mean
+personalised test perplexity of 2.56 and of 2.51: within 5 % (docs/results.md). In
 metrics.jsonl, `turnout` says what happened to a node in a round, and in summary.json how often in all.
 """
 
@@ -15,7 +15,7 @@ from worldlm_jax import config as c, model
 def get_config() -> c.Config:
   tree = c.SyntheticTree(branching=(2, 3), divergence=0.3, train_bytes=60_000, eval_bytes=15_000)
   return c.Config(
-    rounds=12,
+    rounds=40,
     federation=c.FederationConfig(synthetic=tree),
     node=c.NodeSettings(
       local_steps=25, batch_size=4, learning_rate=6e-3, warmup_steps=20,
