@@ -68,7 +68,7 @@ base = c.Config(
   node=c.NodeSettings(local_steps=STEPS_PER_ROUND, batch_size=4, learning_rate=8e-3, warmup_steps=20),
   model=model.PRESETS["nano"](),
   data=c.DataConfig(sequence_length=64),
-  evaluation=c.EvaluationConfig(valid_windows=32, acceptance_windows=32, personalised="best"),
+  evaluation=c.EvaluationConfig(valid_windows=16, test_windows=128, acceptance_windows=16, personalised="best"),
   checkpoint=c.CheckpointConfig(every_rounds=ROUNDS, keep_last=1, keep_best=0),
   logging=c.LoggingConfig(tensorboard=False),
 )
