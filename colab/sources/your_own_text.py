@@ -15,7 +15,7 @@
 
 # %%
 UPLOAD = False  # @param {type: "boolean"}
-ROUNDS = 12  # @param {type: "integer"}
+ROUNDS = 10  # @param {type: "integer"}
 STEPS_PER_ROUND = 20  # @param {type: "integer"}
 SEEDS = (0, 1, 2)
 SIZE = 20_000  # bytes of the smallest of the texts that are made here
@@ -60,8 +60,9 @@ for file in sorted(texts.rglob("*")):
 # go by. For large texts take a larger model (`model.PRESETS`) and more steps.
 
 # %%
-from worldlm_jax import comparison, config as c, model
+from worldlm_jax import comparison, compiled, config as c, model
 
+compiled.keep()  # so that runs of one algorithm compile it once
 base = c.Config(
   rounds=ROUNDS,
   federation=c.FederationConfig(folder=str(texts)),
