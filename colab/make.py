@@ -61,6 +61,17 @@ def notebook(name: str) -> Any:
   return made
 
 
+def _joined(outputs: list[Any]) -> list[Any]:
+  """Outputs of which those that follow one another on the same stream are one."""
+  found: list[Any] = []
+  for output in outputs:
+    if found and output.output_type == found[-1].output_type == "stream" and output.name == found[-1].name:
+      found[-1].text += output.text
+    else:
+      found.append(output)
+  return found
+
+
 def main(names: list[str]) -> None:
   """Makes and runs the named notebooks, each in an empty folder."""
   import nbformat
@@ -72,6 +83,8 @@ def main(names: list[str]) -> None:
       NotebookClient(made, timeout=3600, resources={"metadata": {"path": folder}}).execute()
     for cell in made.cells:
       cell.metadata.pop("execution", None)  # when it ran
+      if "outputs" in cell:
+        cell.outputs = _joined(cell.outputs)
     nbformat.write(made, FOLDER / f"{name}.ipynb")
     print(f"colab/{name}.ipynb")
 

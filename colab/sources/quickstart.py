@@ -54,6 +54,8 @@ experiment = c.Config(
 # what they learnt. *Received* is the perplexity of the model that a node got from above, *personalised* the one after
 # its own training: how many bytes the model hesitates between, on average, before the next one. Lower is better.
 # Text of a federation itself, such as that of `code`, counts as one more member of it.
+#
+# The minutes below are of two CPU cores that were busy with much else; by themselves they need few for all of it.
 
 # %%
 summary = train.run(experiment, "runs/quickstart", overwrite=True, reporter=progress.PlainLines())

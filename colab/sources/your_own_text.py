@@ -15,7 +15,7 @@
 
 # %%
 UPLOAD = False  # @param {type: "boolean"}
-ROUNDS = 12  # @param {type: "integer"}
+ROUNDS = 10  # @param {type: "integer"}
 STEPS_PER_ROUND = 20  # @param {type: "integer"}
 SEEDS = (0, 1, 2)
 SIZE = 20_000  # bytes of the smallest of the texts that are made here
@@ -60,15 +60,16 @@ for file in sorted(texts.rglob("*")):
 # go by. For large texts take a larger model (`model.PRESETS`) and more steps.
 
 # %%
-from worldlm_jax import comparison, config as c, model
+from worldlm_jax import comparison, compiled, config as c, model
 
+compiled.keep()  # so that runs of one algorithm compile it once
 base = c.Config(
   rounds=ROUNDS,
   federation=c.FederationConfig(folder=str(texts)),
   node=c.NodeSettings(local_steps=STEPS_PER_ROUND, batch_size=4, learning_rate=8e-3, warmup_steps=20),
   model=model.PRESETS["nano"](),
   data=c.DataConfig(sequence_length=64),
-  evaluation=c.EvaluationConfig(valid_windows=32, acceptance_windows=32, personalised="best"),
+  evaluation=c.EvaluationConfig(valid_windows=16, test_windows=128, acceptance_windows=16, personalised="best"),
   checkpoint=c.CheckpointConfig(every_rounds=ROUNDS, keep_last=1, keep_best=0),
   logging=c.LoggingConfig(tensorboard=False),
 )
