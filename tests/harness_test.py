@@ -19,7 +19,7 @@ from worldlm_jax import checks, config, continuation, generation, harness, likel
 from worldlm_jax.data import tokenizer as tokenizer_lib
 
 REPOSITORY = Path(__file__).parent.parent
-LENGTH, AT_ONCE = 160, 256
+LENGTH, AT_ONCE = 160, 1024
 TOKENIZER = tokenizer_lib.ByteTokenizer()
 ARCH = model.architecture(
   config.ModelConfig(num_layers=2, d_model=12, num_heads=2, num_kv_heads=1, d_ff=17, key_layer_share=0.5), 257
@@ -104,13 +104,18 @@ class _Request:
 
 def test_generated_text_is_the_greedy_one_up_to_its_end(node: harness.NodeLM, params: model.Params) -> None:
   """Prompts of different lengths in one batch, each as if it were alone; a long one is cut at its beginning."""
-  contexts = ["a", "Which grain is it?", "x" * 300]
-  free = node.generate_until([_Request(text, {"max_gen_toks": 20}) for text in contexts])
-  for context, text in zip(contexts, free, strict=True):
-    prompt = generation.prompt_ids(TOKENIZER, context)[-(LENGTH - 20) :]
-    greedy = generation.tokens(ARCH, params, prompt, 257, sampling=generation.Sampling(0.0), max_tokens=20)
-    assert text == TOKENIZER.decode(list(generation.until(greedy, 256)))
-  stop = free[0][2]
+  contexts = ["Which grain is it?", "x" * 300, "rye"]
+  prompts = [generation.prompt_ids(TOKENIZER, context)[-(LENGTH - 20) :] for context in contexts]
+  added = continuation.continue_all(
+    ARCH, params, prompts, 257, max_tokens=20, ended=lambda ids: ids[-1] == 256, sampling=generation.Sampling(0.0),
+    tokens_at_once=AT_ONCE,
+  )
+  assert all(len(ids) == 20 or ids[-1] == 256 for ids in added) and any(len(ids) == 20 for ids in added)
+  sequences = [(np.array([*prompt, *ids]), len(prompt)) for prompt, ids in zip(prompts, added, strict=True)]
+  assert all(each.greedy for each in likelihood.Scorer(ARCH, params, LENGTH, AT_ONCE).score(sequences))
+  free = node.generate_until([_Request(context, {"max_gen_toks": 20}) for context in contexts])
+  assert free == [TOKENIZER.decode(list(generation.until(ids, 256))) for ids in added]
+  stop = max(free, key=len)[2]
   stopped = node.generate_until([_Request(text, {"max_gen_toks": 20, "until": [stop]}) for text in contexts])
   assert stopped == [text.partition(stop)[0] for text in free]
 
