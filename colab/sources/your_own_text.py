@@ -88,7 +88,7 @@ from IPython.display import HTML, Markdown, display
 display(Markdown((Path("runs/own") / "comparison.md").read_text(encoding="utf-8").replace("\n#", "\n##")))
 
 # %%
-for path, verdict in results["verdicts"].items():
+for verdict in results["verdicts"]:
   gain, beyond = verdict["own_gain_percent"], verdict["own_exceeds_noise"]
   if gain["mean"] is None:
     answer = "no verdict: a run diverged"
@@ -97,7 +97,7 @@ for path, verdict in results["verdicts"].items():
   else:
     answer = "no difference beyond the noise"
   value = "" if gain["mean"] is None else f"{gain['mean']:+6.1f} %"
-  print(f"{path:20} {value:>9}  {answer}")
+  print(f"{verdict['node']:20} {value:>9}  {answer}")
 
 # %% [markdown]
 # ## The page
