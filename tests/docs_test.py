@@ -203,7 +203,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "HF_HUB_OFFLINE": "1",
   }
   server = subprocess.Popen([sys.executable, REPOSITORY / "tests" / "forked_commands.py"], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=open("/tmp/docs_exp/server.err", "w"), text=True, env=environment)
+                            stdout=subprocess.PIPE, text=True, env=environment)
   with server:  # which then ends, since there is nothing more to read
     yield Desk(folder, server)
 

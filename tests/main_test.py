@@ -237,7 +237,7 @@ def test_text_that_is_too_short_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("arguments", "message"), [
   (["--config.rouns=3"], "error: --config.rouns: field='rouns': expected one of 'algorithm', 'seed', 'rounds', "
    "'schedule', 'inner_text', 'payload', 'nodes_at_once', 'mesh', 'waiting', 'federation', 'node', 'model', 'data', "
-   "'optimizer', 'backbone', 'key_layers', 'evaluation', "
+   "'optimizer', 'backbone', 'guards', 'key_layers', 'evaluation', "
    "'checkpoint', 'logging'; did you mean 'rounds'?"),
   (["--config.model.num_layers=2.5"], "error: flag --config.model.num_layers=2.5: invalid literal for int()"),
   (["--config.federation.documents.subset=fr"], "error: Field subset not found on dataclass"),

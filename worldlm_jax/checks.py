@@ -30,12 +30,13 @@ def one_of(name: str, value: str, choices: Collection[str]) -> None:
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
   """`did you mean 'x'?` for the choice closest to `value`, or an empty string.
 
-  Of paths, the last name alone may be close: 'tools' to 'code/tools'.
+  A single name may be close to the last one of a path: 'tools' to 'code/tools'.
   """
   choices = list(choices)
   last = {choice.rpartition("/")[2]: choice for choice in choices}
   close = difflib.get_close_matches(str(value), choices, n=1)
-  close = close or [last[name] for name in difflib.get_close_matches(str(value).rpartition("/")[2], last, n=1)]
+  if not close and "/" not in str(value):
+    close = [last[name] for name in difflib.get_close_matches(str(value), last, n=1)]
   return f"did you mean {close[0]!r}?" if close else ""
 
 
