@@ -16,6 +16,7 @@ from worldlm_jax import config as c, engine as engine_lib, metrics, plain, progr
 
 ATTACKS: dict[str, Callable[[Any], Any]] = {
   "nan": lambda x: math.nan * x, "100x": lambda x: 100.0 * x, "flip": lambda x: -1.0 * x,
+  "huge": lambda x: 1e15 * x,  # with it, a model's loss is not finite
 }
 
 
@@ -165,13 +166,14 @@ def test_nobody_takes_over_a_model_that_is_not_finite(rounds: Any) -> None:
 
 
 def test_validated_acceptance_protects_key_layers(rounds: Any) -> None:
-  """Of two nodes that attend to a sibling's update, scaled up, the one that checks keeps its own layers."""
+  """Of two nodes that attend to a hostile sibling's update, the one that checks keeps its own layers."""
   node = rounds.node
   config = rounds.tiny_config(
     node("world", node("a", acceptance="validated"), node("b"), node("evil"), data=False), update_threshold=-1.0,
-    update_strength=1e4, update_norm_cap=math.inf,
+    update_norm_cap=math.inf,
   )
   harness = rounds.Harness(config)
+  Hostile(harness, {"evil": "huge"})
   harness.round(0)
   before = harness.params()
   step = engine_lib.schedule.round_steps(harness.federation, None)[1]
@@ -179,8 +181,7 @@ def test_validated_acceptance_protects_key_layers(rounds: Any) -> None:
   after = harness.params()
   assert np.asarray(log["accepted"]).tolist()[:2] == [False, True]
   rounds.assert_trees_close(after["a"]["key_layers"], before["a"]["key_layers"], 0)
-  flat = [plain.flat(params["b"]["key_layers"]) for params in (before, after)]
-  assert np.linalg.norm(flat[1] - flat[0]) > 10 * np.linalg.norm(flat[0])
+  assert np.linalg.norm(plain.flat(after["b"]["key_layers"])) > 1e9
 
 
 class Stops(progress.Silent):
@@ -206,6 +207,7 @@ def run_config(texts: Path) -> c.Config:
     evaluation=c.EvaluationConfig(valid_windows=3, test_windows=3, matrix_windows=0), mesh=c.MeshConfig(fsdp=1),
   )
   fails(config)
+  config.seed = 5  # with which everything happens
   config.federation.overrides = {"a/q": {"joins_round": 1, "learning_rate": 1e30}, "b/r": {"leaves_round": 3}}
   config.guards = c.GuardConfig(norm_ratio=10.0, failing="leave_out")
   return config
@@ -241,7 +243,8 @@ def test_a_run_goes_on_and_resumes_to_the_same_bits(texts: Path, tmp_path: Path)
   assert failing and {row["node"] for row in failing} == {"a/q"}
   assert "not finite" in failing[0]["failed"] and "stopped.json" not in os.listdir(tmp_path / "whole")
   happened = {what for row in rows for what in row.get("turnout", ())}
-  assert {"lost_before_training", "lost_after_training", "late", "no_member"} <= happened
+  everything = {"lost_before_training", "lost_after_training", "late", "merged_late", "no_quorum", "no_member"}
+  assert happened >= everything
   merged = [row for row in rows if "merged_late" in row.get("turnout", ())]
   assert all(row["counts"] == pytest.approx(0.3 ** row["rounds_late"]) for row in merged)
   totals = {path: dict(node["turnout"]) for path, node in whole["nodes"].items() if "turnout" in node}
