@@ -21,7 +21,7 @@ NAMES = ("quickstart", "your_own_text", "inside_the_federation", "tpu")
 # What replaces the cell that sets the same names: see `with_tiny_settings`.
 TINY = {
   "quickstart": {"ROUNDS": 1, "STEPS_PER_ROUND": 1, "TEST_WINDOWS": 2},
-  "your_own_text": {"ROUNDS": 1, "STEPS_PER_ROUND": 1, "SEEDS": (0,), "SIZE": 3000},
+  "your_own_text": {"ROUNDS": 1, "STEPS_PER_ROUND": 1, "SEEDS": (0,), "SIZE": 12000},
   "inside_the_federation": {"ROUNDS": 2, "STEPS_PER_ROUND": 1, "TRAIN_BYTES": 8000},
   "tpu": {"ROUNDS": 2, "STEPS_PER_ROUND": 1},
 }
