@@ -84,7 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path,
 def test_a_run_writes_its_files_and_a_closing_table(finished: tuple[list[str], Path, str]) -> None:
   _, workdir, output = finished
   assert {file.name for file in workdir.iterdir()} == {
-    "checkpoints", "config.json", "metrics.jsonl", "summary.json", "tensorboard"
+    "checkpoints", "config.json", "metrics.jsonl", "receipts.jsonl", "summary.json", "tensorboard"
   }
   assert len(list((workdir / "checkpoints").iterdir())) == 2
   for expected in ("3 nodes in 2 levels (1, 2), 2 with text", "round 2/2", "test split", f"see {workdir}"):
