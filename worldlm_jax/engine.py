@@ -390,8 +390,7 @@ class Engine:
       found = jax.eval_shape(phase, *args)
       spread = partition.shardings(found[0] if logs else found, mesh or self.mesh)
       jitted = jax.jit(phase, donate_argnums=0 if donate else (), out_shardings=(spread, None) if logs else spread)
-      options = partition.compiler_options(mesh or self.mesh)
-      self._compiled[name] = jitted.lower(*args).compile(compiler_options=options)
+      self._compiled[name] = jitted.lower(*args).compile()
       self.compile_seconds += time.perf_counter() - begin
     return self._compiled[name](*args)
 

@@ -115,16 +115,6 @@ def bytes_per_device(tree: trees.PyTree) -> int:
   )
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any]:
-  """For programs that run on a mesh.
-
-  CPU devices share a pool of as many threads as there are devices. Where the compiler lets collectives that do not
-  depend on each other run side by side, each waits for threads that the other one holds, so they take turns.
-  """
-  several = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-  return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if several else {}
-
-
 def describe(mesh: Mesh) -> str:
   """A mesh in words, such as "8 devices (node=4 fsdp=2)"."""
   sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
