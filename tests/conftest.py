@@ -11,6 +11,9 @@ os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([
   "--xla_cpu_parallel_codegen_split_count=1",
 ]))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# XLA gives its CPU devices as many threads in all as there are devices, and a device that waits for the others in a
+# collective keeps its thread: two collectives that do not depend on each other can wait for each other for ever.
+os.environ["NPROC"] = "32"
 
 import collections
 import dataclasses
