@@ -123,6 +123,9 @@ def sum_members(
 
 def _weighted_sums(c_CxQ: jax.Array, rows: jax.Array) -> jax.Array:
   """`sum_c c_cq row_c`, piece by piece: `[C, ...]` -> `[Q, ...]`. Rows with zeros alone add nothing."""
+  if partition.is_spread():  # a change of shape would gather what lies on several devices
+    counts = jnp.any(c_CxQ != 0, axis=1).reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.tensordot(c_CxQ.T, jnp.where(counts, rows, 0.0), 1, precision=jax.lax.Precision.HIGHEST)
   counts_Cx1, flat_CxL = jnp.any(c_CxQ != 0, axis=1)[:, None], rows.reshape(len(rows), -1)
   num_sums, length = c_CxQ.shape[1], flat_CxL.shape[1]
   count = partition.num_pieces(length, (len(rows) + num_sums) * rows.dtype.itemsize)
