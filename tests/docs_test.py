@@ -161,7 +161,7 @@ class Desk:
   server: subprocess.Popen[str]
 
   def path(self, name: str) -> str:
-    return str(self.folder / name)
+    return f"{self.folder}/{name}"
 
   def with_own_paths(self, word: str) -> str:
     """A word of a command, with what stands for a reader's own paths replaced."""
