@@ -137,10 +137,11 @@ def package_command(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def named_nodes() -> set[str]:
-  """The nodes that commands name, which the sample tree needs to have."""
+  """The nodes that commands name, which the sample tree needs to have, and a second member of each federation."""
   text = " ".join(word for _, words in COMMANDS for word in words)
   swapped = re.findall(r"'([\w/]+)'", " ".join(re.findall(r"swap\.nodes=(\([^)]*\))", text)))
-  return {*re.findall(r"--node=([\w/]+)\.\w+=", text), *swapped, "medicine/cardiology"}
+  found = {*re.findall(r"--node=([\w/]+)\.\w+=", text), *swapped, "medicine/cardiology"}
+  return found | {f"{path.rpartition('/')[0]}/others" for path in found if "/" in path}
 
 
 def write_text(folder: Path, kind: str = "txt") -> None:
