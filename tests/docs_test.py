@@ -35,7 +35,8 @@ TINY = {
   "rounds": 1, "data.sequence_length": 16, "node.local_steps": 1, "node.batch_size": 2, "evaluation.valid_windows": 2,
   "evaluation.test_windows": 2, "evaluation.acceptance_windows": 2, "evaluation.matrix_windows": 1,
   **{f"model.{name}": value for name, value in MODEL.items()},
-}  # and an algorithm without an exchange, which would take longest to compile; main_test runs the same with one
+}
+# Algorithms without attention, which takes longest to compile; main_test and compare_test run the same with it.
 TINY_RUN = [f"--config.{name}={value}" for name, value in TINY.items()] + ["--config.algorithm=local"]
 TINY_COMPARISON = [f"--config.base.{name}={value}" for name, value in TINY.items() if name != "rounds"] + [
   "--config.seeds=0,", "--only=local,fedavg", "--config.own=fedavg", "--config.base.evaluation.personalised=last",
