@@ -39,7 +39,8 @@ TINY = {
 # Algorithms without attention, which takes longest to compile; main_test and compare_test run the same with it.
 TINY_RUN = [f"--config.{name}={value}" for name, value in TINY.items()] + ["--config.algorithm=local"]
 TINY_COMPARISON = [f"--config.base.{name}={value}" for name, value in TINY.items() if name != "rounds"] + [
-  "--config.seeds=0,", "--only=local,fedavg", "--config.own=fedavg", "--config.base.evaluation.personalised=last",
+  "--config.seeds=0,", "--only=fedavg", "--config.own=fedavg", "--config.alone=",
+  "--config.base.evaluation.personalised=last",
 ]
 # (page, words that its command has) -> what makes it tiny.
 RUN: dict[tuple[str, str], list[str]] = {

@@ -251,6 +251,8 @@ def _matrix(comparison: Comparison, drawn: list[figures.Chart]) -> Html:
   if content is None:
     return Html("")
   titles = {path: comparison.tree.title(path) for path in comparison.tree.paths}
+  above = [path for path in content["models"] if path not in titles]  # the server of algorithms that have one
+  titles = dict.fromkeys(above, "server") | titles
   return run_page.matrix_section(content, titles, drawn, f"Of {comparison.own}, the mean over seeds. On its own text "
                                  "(outlined) a model should be the best, or close to it.")
 
