@@ -267,6 +267,7 @@ def test_yaml_describes_a_tree_a_machine_or_a_task(block: Block, desk: Desk) -> 
     assert found.root.name == content["name"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({block.page for block, _ in COMMANDS}))
 def test_commands_are_understood(page: str, desk: Desk) -> None:
   """Those of a page one after the other, since later ones may need what earlier ones leave."""
@@ -399,6 +400,7 @@ def test_the_guides_rule_is_short() -> None:
   assert len(rule.text.splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_the_guides_rule_and_source_train(extended: Path, tmp_path: Path) -> None:
   """FedAtt over a tree of which one member's text is in a SQLite database, as the guides add them."""
   script = tmp_path / "try.py"
