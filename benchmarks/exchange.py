@@ -7,7 +7,8 @@ the key layers of the named model, at their widths and in their number, and next
 vocabulary of two, no moments. All nodes have trained and go their own way, so that every one of them attends. Timed
 are `Engine.up` of both levels of federations and `Engine.down` of all levels, and, by itself, the down-phase of the
 nodes, which is the attention. The rival is a copy of the nodes' key layers on the device, one read and one write, into
-memory that is there already. Extra memory is what the exchange takes at its peak beyond the state, in copies of the
+memory that is there already. Siblings' updates are candidates, too, which by default they are not: what is timed is the
+most that attention does. Extra memory is what the exchange takes at its peak beyond the state, in copies of the
 nodes' key layers.
 
 Memory in all, with 8 nodes: about 40 times a node's key layers for the state, and the extra memory (7 key layers of
@@ -38,6 +39,7 @@ class Exchange:
   def __init__(self, size: str, nodes: int):
     config = setups.config(size, (2, nodes // 2), local_steps=1, batch_size=1, sequence_length=8)
     config.node.key_layer_independence = math.inf
+    config.key_layers = c.KeyLayerConfig(candidates="both", granularity="all")
     config.optimizer = c.OptimizerConfig(name="sgd")
     config.model = dataclasses.replace(
       config.model, num_layers=c.num_key_layers(config.model), key_layer_share=1.0, vocab_size=2, tied_head=True

@@ -29,7 +29,6 @@ def get_config() -> c.Config:
     federation=c.FederationConfig(root=c.Node("library", None, [prose, code])),
     node=c.NodeSettings(
       local_steps=25, batch_size=8, learning_rate=3e-3, warmup_steps=20,
-      backbone_independence=3.0, key_layer_independence=3.0,  # in so few rounds, a second one together is worth it
     ),
     model=model.PRESETS["tiny"](),
     evaluation=c.EvaluationConfig(valid_windows=16, test_windows=64),

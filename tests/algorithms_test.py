@@ -89,7 +89,7 @@ def test_worldlm_that_keeps_its_key_layers_is_fedper(rounds):
 
 
 def test_independent_from_the_start_and_deaf_worldlm_is_training_alone(rounds):
-  worldlm = trained(rounds, with_inner_text(rounds), "worldlm", update_threshold=1.0, residuals_per_layer=0)
+  worldlm = trained(rounds, with_inner_text(rounds), "worldlm", update_strength=0.0, residuals_per_layer=0)
   worldlm.node.backbone_independence = worldlm.node.key_layer_independence = math.inf
   local = trained(rounds, with_inner_text(rounds), "local")
   same_everywhere(rounds, worldlm, local, {path: path for path in ("a/p", "a/q", "b")})

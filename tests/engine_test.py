@@ -46,7 +46,7 @@ def with_mode(config, mode):
     config.optimizer.moments, config.optimizer.microbatch_size = "reset", 2
     config.backbone.weights = "tokens"
   elif mode == "independence":  # some take their parent's for one round more than others, or one part of it
-    config.node.backbone_independence, config.node.key_layer_independence = 40.0, 12.0
+    config.node.backbone_independence, config.node.key_layer_independence = 3.0, 1.0
     config.federation.overrides |= {"c": {"backbone_independence": math.inf}, "b": {"key_layer_independence": 0.0}}
   elif mode == "no key layers":
     config.model.key_layer_share = 0.0
@@ -72,9 +72,10 @@ def check_against_oracle(rounds, config, num_rounds=2, absent=(), num_devices=1)
   ({"values": "layers", "similarity": "centered_cosine", "prior": "weights"}, "absent", 1),
   ({"values": "layers", "similarity": "update_cosine", "granularity": "all", "residuals_per_layer": 2}, "server", 1),
   ({"values": "layers", "similarity": "validation_loss", "residuals_received": 2}, "acceptance", 1),
-  ({"values": "updates", "update_threshold": -0.2}, "acceptance", 8),
-  ({"values": "updates", "granularity": "tensor", "update_strength": 2.0, "residuals_per_layer": 2}, "absent", 1),
-  ({"values": "updates", "granularity": "all", "residuals_per_layer": 0, "update_threshold": -1.0}, "independence", 1),
+  ({"candidates": "both", "update_threshold": -0.2}, "acceptance", 8),
+  ({"candidates": "siblings", "granularity": "tensor", "update_strength": 2.0, "residuals_per_layer": 2}, "absent", 1),
+  ({"candidates": "both", "granularity": "all", "residuals_per_layer": 0, "update_threshold": -1.0}, "independence", 1),
+  ({"update_threshold": -1.0}, "independence", 1),
   ({}, "no key layers", 1),
 ], ids=str)
 def test_engine_equals_the_loop(rounds, key_layers, mode, num_devices):
@@ -148,7 +149,7 @@ def random_trees():
   max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(root=random_trees(), values=st.sampled_from(["layers", "updates"]), data=st.data(),
-                  independence=st.sampled_from([(0.0, math.inf), (30.0, 10.0)]))
+                  independence=st.sampled_from([(0.0, math.inf), (3.0, 1.0)]))
 def test_engine_equals_the_loop_on_random_trees(rounds, root, values, data, independence):
   config = rounds.tiny_config(root, values=values, update_threshold=-0.1)
   config.node.backbone_independence, config.node.key_layer_independence = independence

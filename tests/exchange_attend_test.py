@@ -86,7 +86,7 @@ def attend_updates(update, candidates, mask_SxM=ALL_THERE, *, granularity="layer
                    norm_cap=1.0):
   """What is added, beta and the cosines; absent candidates show in no more than the table of inner products."""
   everybody = each(lambda own, theirs: jnp.concatenate([own[None], theirs]), update, candidates)
-  gram = rows.gram([rows.Source(everybody, lambda own: own)])
+  gram = jnp.stack(rows.gram([rows.Source(everybody, lambda own: own)]))
   coefficients, weights, cosines = attend.update_coefficients(
     gram, jnp.asarray(mask_SxM), granularity, strength=strength, threshold=threshold, norm_cap=norm_cap
   )

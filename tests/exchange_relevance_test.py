@@ -47,12 +47,17 @@ def sharing(relevances, epochs, independence, num_rounds=20):
 
 
 def test_how_long_nodes_share():
-  """20 e / (e + c (1 - r) / r), rounded up; one round more, that is for ever, for c = 0 and for infinite e."""
-  assert sharing([0.76, 0.74, 0.88, 0.13], [1.0, 12.0, 12.0, 12.0], [12.0] * 4) == [5, 15, 18, 3]
+  """20 e^2 / (e^2 + c^2), rounded up; one round more, that is for ever, for c = 0 and for infinite e."""
+  assert sharing([0.76, 0.5, 0.31, 0.88], [3.0, 4.0, 4.5, 6.0], [3.0] * 4) == [10, 13, 14, 16]
   assert sharing([0.5] * 4, [3.0, 3.0, np.inf, np.inf], [0.0, np.inf, 5.0, np.inf]) == [21, 0, 21, 0]
-  assert sharing([-0.4, 1.0, UNKNOWN], [3.0] * 3, [12.0] * 3) == [1, 20, 20]
+  assert sharing([-0.4, 0.29, 1.0, UNKNOWN], [3.0] * 4, [3.0] * 4) == [3, 3, 10, 10]
 
 
-def test_less_text_more_relevance_and_less_independence_share_longer():
-  grid = sharing([0.3, 0.6, 0.6, 0.6], [2.0, 2.0, 4.0, 4.0], [12.0, 12.0, 12.0, 6.0])
-  assert grid == sorted(grid) and len(set(grid)) == 4
+def test_nobody_leaves_at_once_and_nobody_who_may_leave_shares_to_the_end():
+  assert sharing([0.7] * 2, [0.01, 1000.0], [3.0] * 2) == [3, 18]
+  assert sharing([0.7] * 2, [0.01, 1000.0], [3.0] * 2, num_rounds=8) == [2, 8]
+
+
+def test_less_text_and_less_independence_share_longer():
+  grid = sharing([0.6] * 3, [2.0, 4.0, 4.0], [3.0, 3.0, 2.0])
+  assert grid == sorted(grid) and len(set(grid)) == 3

@@ -33,10 +33,13 @@ def piece_bytes(request, monkeypatch):
 def test_gram_is_all_inner_products_per_tensor_and_layer():
   first, second = draw(1, 5), draw(2, 2)
   found = jax.jit(lambda a, b: rows.gram([rows.Source(a, whole), rows.Source(b, lambda own: own[::-1])]))(first, second)
+  total = rows.total(found)
   for t, name in enumerate(sorted(SHAPES)):
     joined = np.concatenate([first[name], second[name][::-1]]).reshape(7, M, -1).astype(np.float64)
     np.testing.assert_allclose(found[t], np.einsum("xmc,ymc->mxy", joined, joined), atol=1e-5)
-  assert found.shape == (2, M, 7, 7) and found.dtype == jnp.float32
+    total -= np.einsum("xmc,ymc->xy", joined, joined)
+  assert [table.shape for table in found] == [(M, 7, 7)] * 2 and found[0].dtype == jnp.float32
+  np.testing.assert_allclose(total, 0.0, atol=2e-5)
 
 
 @pytest.mark.usefixtures("piece_bytes")

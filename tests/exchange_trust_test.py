@@ -37,7 +37,7 @@ def _config(rounds, **settings):
   node = rounds.node
   inner = node("a", node("p", learning_rate=0.3), node("q", local_steps=3), rounds_per_parent_round=2)
   config = rounds.tiny_config(node("world", inner, node("b", trust="full", learning_rate=0.3), node("c")))
-  config.node.trust, config.node.backbone_independence = "validated", 30.0
+  config.node.trust, config.node.backbone_independence = "validated", 3.0
   for name, value in settings.items():
     setattr(config, name, value)
   return config

@@ -26,7 +26,7 @@ def config_of(rounds):
     num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, key_layer_share=0.67
   )
   config.node.trust = "validated"
-  config.node.backbone_independence, config.node.key_layer_independence = 60.0, 30.0
+  config.node.backbone_independence, config.node.key_layer_independence = 3.0, 1.0
   return config
 
 

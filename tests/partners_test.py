@@ -112,7 +112,7 @@ def test_what_is_rejected_is_as_if_it_had_been_lost(rounds: Any) -> None:
   found = {}
   for name in ("lost", "nan", "failing"):
     config = rounds.tiny_config(tree(rounds))
-    config.node.backbone_independence = config.node.key_layer_independence = 20.0
+    config.node.backbone_independence = config.node.key_layer_independence = 2.0
     if name == "lost":
       config.federation.overrides = {"a/q": {"loss_after": 1.0}}
     if name == "failing":

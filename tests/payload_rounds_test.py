@@ -42,7 +42,7 @@ def ragged_config(rounds, kind, values):
   options = {"update_threshold": -0.5} if values == "updates" else {"similarity": "update_cosine"}
   config = rounds.tiny_config(ragged(rounds), values=values, **options)
   config.payload = kind
-  config.node.backbone_independence, config.node.key_layer_independence = 40.0, 12.0
+  config.node.backbone_independence, config.node.key_layer_independence = 3.0, 1.0
   return config
 
 
@@ -205,7 +205,7 @@ def test_the_bytes_of_each_message_are_those_of_its_arrays(rounds, kind, values)
 
 
 def test_a_node_gets_what_it_has_a_use_for(ragged_run):
-  """Without trust: its parent's parts as long as it takes them, and then what is added to its key layers."""
+  """Without trust: its parent's parts as long as it takes them, and then what is added to its own."""
   harness = ragged_run("int8", "updates")
   params = jax.tree.map(lambda leaf: leaf[0], harness.state[0].params)
   sizes = records.edge_bytes(params, "updates", "int8")
@@ -214,8 +214,9 @@ def test_a_node_gets_what_it_has_a_use_for(ragged_run):
   expected = 0
   for log in level1:
     assert not log["hands_backbone"][place]  # it never takes that
-    assert log["hands_key_layers"][place] != log["hands_addition"][place]
-    expected += sizes.key_layers
+    assert log["hands_key_layers"][place] != log["hands_addition_key_layers"][place]
+    assert log["hands_addition_backbone"][place]
+    expected += sizes.backbone + sizes.key_layers
   assert counted(harness, params, "updates", "int8")["c"]["bytes_down"] == expected
   taken = np.array([log["hands_key_layers"][: len(harness.federation.levels[1])] for log in level1])
   assert taken[0].all() and not taken[-1].all()

@@ -37,7 +37,7 @@ def private_config(rounds, root, values="updates", algorithm="worldlm", **settin
   config = rounds.tiny_config(root, values=values, **options)
   config.algorithm = algorithm
   config.node = dataclasses.replace(config.node, **{
-    "backbone_independence": 40.0, "key_layer_independence": 12.0, "privacy": "local", "privacy_clip": 0.05,
+    "backbone_independence": 3.0, "key_layer_independence": 1.0, "privacy": "local", "privacy_clip": 0.05,
     "privacy_noise": 0.3,
   } | settings)
   return config
@@ -206,7 +206,7 @@ def change_of(**fields):
 @pytest.mark.parametrize(("change", "complaint"), [
   (change_of(algorithm="centralized"), r"config.algorithm='centralized'.*leaves texts where they are"),
   (change_of(backbone__weights="tokens"), r"config.backbone.weights='tokens'"),
-  (change_of(node__privacy="central"), r"privacy='central'.*means alone.*update_strength=0"),
+  (change_of(node__privacy="central"), r"privacy='central'.*means alone.*candidates=everybody"),
   (change_of(node__acceptance="validated", key_layers__values="layers"), r"acceptance='validated'"),
   (change_of(key_layers__values="layers", key_layers__similarity="validation_loss"), r"similarity='validation_loss'"),
   (change_of(node__rounds_per_parent_round=2, node__key_layer_independence=math.inf), r"independence=inf.*finite"),

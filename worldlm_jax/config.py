@@ -26,11 +26,11 @@ class NodeSettings:
   rounds_per_parent_round: int = 1  # rounds a federation runs with its children per round of its own
   down_temperature: float = 0.1  # of attend over layers when the parent's arrive; 0 keeps one's own (by cosines)
   up_temperature: float = 0.1  # of attend over layers of one's children; inf is the plain mean
-  # A node takes its parent's backbone and key layers over as they are until e / (e + c (1 - r) / r) of the run, and
-  # goes its own way from then on. e: how often its subtree sees its text in the whole run; r: how relevant others are
-  # (see exchange/relevance.py); c: these numbers, where 0 means never and inf from the start.
-  backbone_independence: float = 12.0
-  key_layer_independence: float = 12.0
+  # A node takes its parent's backbone and key layers over as they are until e^2 / (e^2 + c^2) of the run, and goes its
+  # own way from then on (see exchange/relevance.py). e: how often its subtree sees its text in the whole run; c: these
+  # numbers, where 0 means never and inf from the start.
+  backbone_independence: float = 3.0
+  key_layer_independence: float = 3.0
   trust: str = "validated"  # validated | full: how far its model follows its own training (see exchange/trust.py)
   acceptance: str = "always"  # always | validated: keep own key layers where the mixed are worse
   max_train_bytes: int = 0  # train on a sample of the node's documents, at most so large; 0: on all of them
@@ -301,10 +301,11 @@ class KeyLayerConfig:
 
   values: str = "updates"  # layers | updates
   similarity: str = "update_cosine"  # see validation.SIMILARITIES; attend over updates is always their cosine
-  granularity: str = "layer"  # layer | tensor | all
+  granularity: str = "model"  # layer | tensor | all | model: what attends as one; a node's own backbone only by model
+  candidates: str = "everybody"  # everybody | siblings | both: whose updates a node looks at; everybody's as one mean
   prior: str = "uniform"  # uniform | weights (the backbone's, in the up-phase; the down-phase has none)
   update_strength: float = 1.0  # lambda: weight of a fully aligned update of another node
-  update_threshold: float = 0.1  # cosine under which another node's update is ignored
+  update_threshold: float = 0.0  # cosine under which another node's update is ignored
   update_norm_cap: float = 1.0  # largest norm of the step, in norms of the node's own update
   residuals_per_layer: int = 1  # residual layers a federation sends up, per layer index; 0: off
   residuals_received: int = 1  # pooled layers of other federations routed to a child, per layer index

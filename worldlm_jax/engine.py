@@ -350,13 +350,17 @@ class Engine:
     validated = np.array([m.settings.acceptance == "validated" for m in members])
     backbone = np.array([m.settings.backbone_independence for m in members], np.float32)
     key_layers = np.array([m.settings.key_layer_independence for m in members], np.float32)
-    text = np.array([self._text_tokens.get(m.path, 0) for m in members], np.float32)
-    total = sum(self._text_tokens.get(m.path, 0) for m in self.federation.members if not m.moved_from)
-    text_share = text / max(1, total)
+    text = {m.path: self._text_tokens[m.path] for m in self.federation.members
+            if m.path in self._text_tokens and not m.moved_from}
+    behind = {m.path: set(text) for m in members}
     if self.algorithm.governance is not None:
-      own = self.algorithm.governance.own_shares(self._text_tokens)
-      text_share = np.array([own[m.path] for m in members], np.float32)
-    arrays = self._epochs[level], backbone, key_layers, text_share, validated, windows, counts
+      behind = self.algorithm.governance.behind(text)
+    text_share, num_others = np.zeros((2, len(members)), np.float32)
+    for i, m in enumerate(members):
+      num_others[i] = len(behind[m.path] - {m.path})
+      if m.path in self._text_tokens and behind[m.path]:
+        text_share[i] = self._text_tokens[m.path] / sum(text[path] for path in behind[m.path])
+    arrays = self._epochs[level], backbone, key_layers, text_share, num_others, validated, windows, counts
     shared = [self._pad(level, array) for array in arrays]
     temperatures = {
       "down": [m.settings.down_temperature for m in members], "up": [m.settings.up_temperature for m in members]

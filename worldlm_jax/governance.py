@@ -14,7 +14,7 @@ the same answers as reasons.
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,7 @@ class Permissions(NamedTuple):
   travels: dict[str, np.ndarray]  # by part, bool [N]
   stays: dict[str, np.ndarray]  # by part, bool [N]
   attends_parent: np.ndarray  # bool [N]: may look at what its parent has learnt from its own text
+  attends_everybody: np.ndarray  # bool [N]: and at how far its parent's model has moved
   attends: np.ndarray  # bool [N, S]: and at which siblings' updates; places as in Topology.siblings
   offers: np.ndarray  # bool [N]: its layers may become residual layers
   receives: np.ndarray  # bool [N, members]: whose residual layers it may get
@@ -51,11 +52,16 @@ class Governance:
     shares: the parts of a model that cross an edge under the algorithm.
     whole: whether its backbone is the whole model, so that rules about key layers hold for it, too.
     over_layers: whether key layers travel as whole layers, in which nothing can be told apart, and not as updates.
+    attended: the parts of single updates that nodes look at: of their parents' own training,
+    siblings: and of their siblings'.
   """
 
-  def __init__(self, federation: Federation, shares: tuple[str, ...], whole: bool = False, over_layers: bool = False):
+  def __init__(
+    self, federation: Federation, shares: tuple[str, ...], whole: bool = False, over_layers: bool = False,
+    attended: tuple[str, ...] = (KEY_LAYERS,), siblings: bool = True,
+  ):
     self.federation, self.shares, self.over_layers = federation, shares, over_layers
-    self._whole = whole
+    self._whole, self._attended, self._siblings = whole, attended, siblings
     self._children: dict[str, list[Member]] = {m.path: [] for m in federation.members}
     for member in federation.members[1:]:
       self._children[str(member.parent)].append(member)
@@ -90,6 +96,17 @@ class Governance:
 
   # Of a node and its federation.
 
+  def follows(self, path: str) -> bool:
+    """Whether a node may look at how far its parent's model has moved: if it may have that, and all of it is known.
+
+    What federations keep on top of the model from above is in none of the updates by which that is told.
+    """
+    siblings = [m.path for m in self._children[str(self.federation.by_path[path].parent)]]
+    return not any(self.takes(part, path) for part in self.shares) and all(
+      bool(self.merges(part, q)) == bool(self.travels(part, q)) and not self.stays(part, q)
+      for part in self.shares for q in siblings
+    )
+
   def merges(self, part: str, path: str) -> str:
     """Why a node's update does not enter its federation's mean."""
     parent = str(self.federation.by_path[path].parent)
@@ -123,10 +140,10 @@ class Governance:
     return bool(self.travels(part, path) or self.merges(part, parent.path))
 
   def attends(self, path: str, source: str) -> str:
-    """Why a node may not look at the key layer update of a sibling, or of its parent's own training."""
+    """Why a node may not look at the update of a sibling, or of its parent's own training."""
     sibling = source != self.federation.by_path[path].parent
     return (self.excludes(path) or (self.excludes(source) if sibling else "")
-            or self.withholds(KEY_LAYERS, source, path) or self.refuses(path, source))
+            or _first(self.withholds(part, source, path) for part in self._attended) or self.refuses(path, source))
 
   def receives(self, path: str, origin: str) -> str:
     """Why a node may not get residual layers of `origin`."""
@@ -179,20 +196,23 @@ class Governance:
     below = self.federation.levels[level + 1] if level + 1 < len(self.federation.levels) else ()
     return tuple(part for part in self.shares if any(self.stays(part, m.path) for m in below))
 
-  def own_shares(self, text: Mapping[str, int]) -> dict[str, float]:
-    """How much of the text behind the model that a node is handed next is its own, if it takes part in that at all."""
+  def behind(self, text: Collection[str]) -> dict[str, set[str]]:
+    """By path, the nodes of those with text that are behind the model which a node is handed next, as its own is.
+
+    Empty for nodes that take no part in it.
+    """
     part = BACKBONE if BACKBONE in self.shares else KEY_LAYERS
-    reached = {m.path: self.reached(part, m.path) for m in self.federation.members}
+    root = self.federation.members[0].path
+    reached = {m.path: self.reached(part, m.path) for m in self.federation.members} | {root: root}
 
-    def share(path: str) -> float:
+    def of(path: str) -> set[str]:
       top = reached[path]
-      if top is None or path not in text:
-        return 0.0
-      behind = [p for p in text if (other := reached[p]) is not None and self.federation.is_within(p, top)
-                and self.federation.is_within(top, other)]
-      return text[path] / sum(text[p] for p in behind)
+      return set() if top is None else {
+        p for p in text if (other := reached[p]) is not None and self.federation.is_within(p, top)
+        and self.federation.is_within(top, other)
+      }
 
-    return {m.path: share(m.path) for m in self.federation.members}
+    return {m.path: of(m.path) for m in self.federation.members}
 
   def rules_of(self, path: str) -> dict[str, str | float]:
     """The rules of a node that are not at their defaults; those about members only where it may have some."""
@@ -230,9 +250,10 @@ class Governance:
       found |= {m.path for m in self.federation.subtree(member.parent)}
       if not self.travels(part, path):
         found |= self._destinations(part, member.parent)
-    if part == KEY_LAYERS:
+    if part in self._attended and self._siblings:
       siblings = self._children[member.parent]
       found |= {m.path for m in siblings if m.path != path and not self.attends(m.path, path)}
+    if part == KEY_LAYERS:
       found |= {m.path for m in self.federation.members[1:] if not self.receives(m.path, path)}
     return frozenset(p for p in found if not self.federation.is_within(p, path))
 
@@ -265,7 +286,8 @@ def permissions(governance: Governance, level: int, siblings: np.ndarray, size: 
     {part: per_node([has_parent and governance.stays(part, m.path) for m in members], False, bool)
      for part in governance.shares},
     allowed([governance.attends(m.path, m.parent) if m.parent is not None else "" for m in members]),
-    attends, per_node([not has_parent or governance.offers(m.path) for m in members], True, bool), receives,
+    per_node([not has_parent or governance.follows(m.path) for m in members], True, bool), attends,
+    per_node([not has_parent or governance.offers(m.path) for m in members], True, bool), receives,
     per_node([m.settings.member_weight_cap for m in members], 1.0, np.float32),
     per_node([math.log(floor) if floor > 0 else -math.inf for floor in floors], -math.inf, np.float32),
   )

@@ -41,6 +41,9 @@ class Neighbours(NamedTuple):
     return 1 + len(self.permutations)
 
 
+NOBODY = Neighbours((), np.zeros((0, 0), np.int32))  # of those who look at no sibling
+
+
 def neighbours(siblings_NxS: np.ndarray, mask_NxS: np.ndarray, mesh: Mesh) -> Neighbours:
   """The neighbours of a level whose nodes' siblings are at `siblings_NxS`, where the mask holds."""
   count = mesh.shape[NODE]

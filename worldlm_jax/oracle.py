@@ -17,12 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from worldlm_jax import attendance, local, model, oracle_guards, oracle_nodes, oracle_privacy, plain, schedule
+from worldlm_jax import (
+  attendance,
+  local,
+  model,
+  oracle_attention,
+  oracle_guards,
+  oracle_nodes,
+  oracle_privacy,
+  plain,
+  schedule,
+)
 from worldlm_jax.config import Config
 from worldlm_jax.exchange import backbone as backbone_lib, relevance, trust
 from worldlm_jax.federation import Federation, Member
+from worldlm_jax.oracle_attention import Pieces
 from worldlm_jax.oracle_nodes import Edge, NodeState, Residual, Shared
-from worldlm_jax.oracle_rules import Rules, capped
+from worldlm_jax.oracle_rules import Rules
 from worldlm_jax.plain import Layers
 from worldlm_jax.privacy import policy
 
@@ -47,7 +58,8 @@ class Oracle:
     text_tokens: dict[str, int], validation: dict[str, np.ndarray],
   ):
     self.config, self.federation, self.arch = config, federation, arch
-    self.batch, self.learning_rate, self.validation = batch, learning_rate, validation
+    self.batch, self.learning_rate = batch, learning_rate
+    self.judge = oracle_nodes.Judge(arch, validation, self._from_lists)
     self.text_tokens = text_tokens
     self.num_rounds = config.rounds * len(schedule.stages(federation, config.schedule))
     epochs = schedule.epochs(config, federation, text_tokens)
@@ -72,8 +84,8 @@ class Oracle:
     self.edge = Edge(config.payload, [shape[-1] for shape in self.shapes])
     for node in self.nodes.values():
       zeros = node.backbone_update, node.update
-      node.handed, node.errors, node.addition_error = (node.backbone, node.key_layers), zeros, node.update
-      node.withheld = node.kept = zeros
+      node.handed, node.errors, node.addition_errors = (node.backbone, node.key_layers), zeros, zeros
+      node.withheld = node.kept = node.moved = zeros
     for member in federation.members:
       self.nodes[member.path].clip = member.settings.privacy_clip
     self.rules = Rules(federation, config, arch.num_key_layers > 0)
@@ -109,6 +121,7 @@ class Oracle:
     and nobody sees what a sibling does meanwhile.
     """
     node, settings = self.nodes[q.path], q.settings
+    before = self.nodes[q.path].backbone, self.nodes[q.path].key_layers
     if parent is not None:
       above = self.nodes[parent.path]
       is_news = node.fresh and node.heard and node.gain >= self.rules.least_gain(q.path)
@@ -126,13 +139,22 @@ class Oracle:
         node.clip = above.clip
       new_backbone, new_layers = node.handed
       node.handed = tuple(new if ok else old for new, old, ok in zip(node.handed, held, may, strict=True))
-      if may[0] and relevance.shares(*known, jnp.float32(settings.backbone_independence), *now):
+      takes = [ok and bool(relevance.shares(*known, jnp.float32(independence), *now)) for ok, independence in
+               zip(may, (settings.backbone_independence, settings.key_layer_independence), strict=True)]
+      if takes[0]:
         node.backbone = jax.tree.map(lambda a, b: np.float32(a + b), new_backbone, node.kept[0])
       if self.num_layers:
-        error = node.addition_error
-        self._attend_down(q, parent, first_repeat, last)
-        if may[1] and relevance.shares(*known, jnp.float32(settings.key_layer_independence), *now):
-          node.key_layers, node.addition_error = plain.combine([new_layers, node.kept[1]], [1.0, 1.0]), error
+        self._attend_down(q, parent, first_repeat, last, takes)
+        if takes[1]:
+          node.key_layers = plain.combine([new_layers, node.kept[1]], [1.0, 1.0])
+    # How far it has moved since its members were last handed its model.
+    news, held = float(node.fresh), node.withheld
+    node.moved = (
+      plain.weighted(
+        node.backbone, [node.backbone_update, held[0], node.backbone, before[0]], [news, news, 1.0, -1.0]
+      ),
+      plain.combine([node.update, held[1], node.key_layers, before[1]], [news, news, 1.0, -1.0]),
+    )
     node.update, node.backbone_update = plain.scaled(node.update, 0.0), plain.zeros(node.backbone)
     node.withheld = node.backbone_update, node.update
     node.own_weight = node.weight = 0.0
@@ -141,11 +163,11 @@ class Oracle:
     trains = schedule.trains(self.federation, level)[[m.path for m in self.federation.levels[level]].index(q.path)]
     if trains and attendance.has_data(q, self.index) and self.stage in (None, level):
       self._train(q)
-      validates = parent is not None and q.path in self.validation
+      validates = parent is not None and q.path in self.judge.windows
       if validates and self.rules.least_gain(q.path) > -math.inf:
         node.gain = self._gain(q, self.nodes[str(q.parent)])
       if validates and settings.trust == "validated" and all(may) and not self.rules.keeps(q.path):
-        losses = {t: self._loss(q, self.used(q.path, t)) for t in trust.TRUSTS}
+        losses = {t: self.judge.loss(q.path, self.used(q.path, t)) for t in trust.TRUSTS}
         node.trust = min(losses, key=losses.__getitem__)
     if self.stage == level or not self.children[q.path]:
       return
@@ -201,8 +223,11 @@ class Oracle:
     node.weight += node.own_weight
     node.trained = node.fresh = True
 
-  def _attend_down(self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared]) -> None:
-    node, above, keys = self.nodes[q.path], self.nodes[parent.path], self.config.key_layers
+  def _attend_down(
+    self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared], takes: list[bool]
+  ) -> None:
+    """Mixes a node's own model with what others learned; `takes` says which parts of it are its parent's."""
+    node, keys = self.nodes[q.path], self.config.key_layers
     updates, (_, own), (_, parents) = keys.values == "updates", node.known(), node.handed
     may_take = self.rules.takes("key_layers", q.path)
     if not updates and not may_take:
@@ -214,35 +239,67 @@ class Oracle:
     node.received = []
     for i in range(self.num_layers):
       offers = [r for r in pool if r.index == i]
-      ranked = sorted(offers, key=lambda r: -oracle_nodes.routing_score(keys.similarity, *query, pool, r))
+      ranked = sorted(offers, key=lambda r: -oracle_attention.routing_score(keys.similarity, *query, pool, r))
       node.received += ranked[: keys.residuals_received]
-    received = node.received
-
-    def residual_layers(i: int) -> list[list[np.ndarray]]:
-      return [r.layer for r in received if r.index == i]
-
+    routed = [[r.layer for r in node.received if r.index == i] for i in range(self.num_layers)]
     if updates:
-      others = [above.update] if above.trained and first_repeat and self.rules.looks_at(q.path, parent.path) else []
-      siblings = [c.path for c in self.children[parent.path] if c.path != q.path]
-      others += [last[s].update for s in siblings if self.rules.looks_at(q.path, s) and last[s].fresh
-                 and last[s].gain >= self.rules.least_gain(s)]
-      candidates = [[plain.layer(o, i) for o in others] + residual_layers(i) for i in range(self.num_layers)]
-      addition = oracle_nodes.attended_updates(keys, self._units(), update, candidates)
-      if self.rounds:
-        addition = self.edge.added(node, addition)
-      own = node.key_layers
-      mixed = plain.combine([own, addition], [1.0, 1.0])
-    else:
-      candidates = [
-        [plain.layer(own, i), *([plain.layer(parents, i)] if may_take else []), *residual_layers(i)]
-        for i in range(self.num_layers)
-      ]
-      mixed, _ = self._attend_layers(
-        q, own, *query, candidates, None, q.settings.down_temperature, node.backbone
-      )
-      if q.settings.down_temperature == 0 and keys.similarity.endswith("cosine"):
-        mixed = own  # by any cosine a node is most like itself
-    node.key_layers = self._accept(q, own, mixed, node.backbone)
+      backbone_update = node.backbone_update if is_known else plain.zeros(node.backbone)
+      self._attend_updates(q, parent, first_repeat, last, takes, (backbone_update, update), routed)
+      return
+    candidates = [
+      [plain.layer(own, i), *([plain.layer(parents, i)] if may_take else []), *routed[i]]
+      for i in range(self.num_layers)
+    ]
+    mixed, _ = self._attended_layers(q, own, *query, candidates, None, q.settings.down_temperature, node.backbone)
+    if q.settings.down_temperature == 0 and keys.similarity.endswith("cosine"):
+      mixed = own  # by any cosine a node is most like itself
+    _, node.key_layers = self.judge.accept(q, (node.backbone, own), (node.backbone, mixed))
+
+  def _attend_updates(
+    self, q: Member, parent: Member, first_repeat: bool, last: dict[str, Shared], takes: list[bool],
+    update: tuple[Any, Layers], routed: list[list[list[np.ndarray]]],
+  ) -> None:
+    """Adds what a node finds relevant to what is its own; `routed` has the residual layers that it got, by layer."""
+    node, above, keys = self.nodes[q.path], self.nodes[parent.path], self.config.key_layers
+    whole = keys.granularity == "model"
+    places = [(t, i) for t in range(len(self.shapes)) for i in range(self.num_layers)]
+
+    def pieces(backbone: Any, layers: Layers) -> Pieces:
+      """What is the node's own."""
+      found: Pieces = {} if takes[1] else {(t, i): layers[t][i] for t, i in places}
+      return found | ({"backbone": plain.flat(backbone)} if whole and not takes[0] else {})
+
+    own = pieces(*update)
+    if not own:
+      return
+    candidates, means = [], 0
+    if first_repeat and above.trained and self.rules.looks_at(q.path, parent.path):
+      candidates = [pieces(above.backbone_update, above.update)]
+    elif first_repeat and not above.trained and keys.candidates != "siblings" and self.rules.follows(q.path):
+      share, others = self.rules.own_share(q.path, self.text_tokens), self.rules.others(q.path, self.text_tokens)
+      rest = {place: (moved - share * own[place]) / (1 - share) for place, moved in pieces(*above.moved).items()}
+      candidates, means = ([rest], others) if others else ([], 0)
+    for sibling in self.children[parent.path] if keys.candidates != "everybody" else ():
+      seen = last.get(sibling.path)
+      if sibling.path != q.path and self.rules.looks_at(q.path, sibling.path) and seen and seen.fresh and (
+          seen.gain >= self.rules.least_gain(sibling.path)):
+        candidates.append(pieces(seen.backbone_update, seen.update))
+    for r in range(0 if takes[1] else max(map(len, routed))):
+      candidates.append({
+        (t, i): tensor for i, layers in enumerate(routed) if r < len(layers) for t, tensor in enumerate(layers[r])
+      })
+    units = [[*own]] if whole else plain.units(keys.granularity, len(self.shapes), self.num_layers)
+    added = oracle_attention.attended_updates(keys, units, own, candidates, means)
+    before = node.backbone, node.key_layers
+    if not takes[1]:
+      layers = [[added[t, i] for i in range(self.num_layers)] for t in range(len(self.shapes))]
+      layers = self.edge.added_layers(node, layers) if self.rounds else layers
+      node.key_layers = plain.combine([node.key_layers, layers], [1.0, 1.0])
+    if "backbone" in added:
+      moved = plain.unflattened(added["backbone"], node.backbone)
+      moved = self.edge.added_backbone(node, moved) if self.rounds else moved
+      node.backbone = jax.tree.map(lambda own, add: np.float32(own + add), node.backbone, moved)
+    node.backbone, node.key_layers = self.judge.accept(q, before, (node.backbone, node.key_layers))
 
   def _merge(self, p: Member, here: list[Member], counts: list[float]) -> None:
     """Merges members, each of which counts a part of its weight."""
@@ -296,7 +353,7 @@ class Oracle:
       shown = [(c, m.known()[1]) for c, m in zip(here, members, strict=True)]
       own = [node.key_layers] if node.trained else []
       prior = [node.own_weight] * len(own) + weights
-      mixed, used = self._attend_layers(
+      mixed, used = self._attended_layers(
         p, node.key_layers, *self._query(node.key_layers, base, plain.combine([node.key_layers, base], [1.0, -1.0])),
         [[plain.layer(o, i) for o in own + [layers for _, layers in shown]] for i in range(self.num_layers)],
         None if keys.prior == "uniform" else prior, p.settings.up_temperature, node.backbone, len(own),
@@ -308,7 +365,7 @@ class Oracle:
       for i in range(self.num_layers):
         for s in sorted(offered, key=use[i].__getitem__)[: keys.residuals_per_layer]:
           node.sent.append(Residual(plain.layer(shown[s][1], i), i, shown[s][0].path, self.index))
-    accepted = self._accept(p, node.key_layers, mixed, node.backbone)
+    _, accepted = self.judge.accept(p, (node.backbone, node.key_layers), (node.backbone, mixed))
     if keys.values == "updates" and accepted is mixed:  # its members' progress is its own from now on
       node.update = plain.combine([node.update, sent], [1.0, 1.0])
       node.kept = node.kept[0], plain.combine([node.kept[1], kept], [1.0, 1.0])
@@ -337,61 +394,11 @@ class Oracle:
     permitted = [r for r in found + from_above if self.rules.gets_residuals(q.path, r.origin)]
     return [r for r in permitted if not updates or r.round >= self.index - 1]
 
-  def _attend_layers(self, q, own, direction, origin, candidates, prior, temperature, backbone, num_own=None):
-    """Softmax attention over whole layers: mixed layers, and per layer the weights `[S]`, averaged over tensors.
-
-    Where the first `num_own` candidates are the federation's own and the others its members, their weights are capped.
-    """
-    keys = self.config.key_layers
-    moved = [[plain.displacement(layer, origin, i) for layer in c] for i, c in enumerate(candidates)]
-    if not any(t.any() for tensor in direction for t in tensor):
-      mean = [[np.mean([layer[t] for layer in c], axis=0) for t in range(len(self.shapes))] for c in moved]
-      direction = [[mean[i][t] for i in range(self.num_layers)] for t in range(len(self.shapes))]
-    result: Layers = [[np.empty(0)] * self.num_layers for _ in self.shapes]
-    weights = [np.zeros((len(self.shapes), len(c))) for c in candidates]
-    for unit in plain.units(self.config.key_layers.granularity, len(self.shapes), self.num_layers):
-      pieces = [(t, i) for t, i in unit]
-      layers = sorted({i for _, i in pieces})
-      for i in layers:  # with granularity "all" the scores are shared, the candidates there may not be
-        scores = []
-        for s in range(len(candidates[i])):
-          a = np.concatenate([direction[t][j] for t, j in pieces])
-          b = np.concatenate([moved[j][s][t] for t, j in pieces])
-          if keys.similarity == "validation_loss":
-            swapped = [list(row) for row in own]
-            for t, j in pieces:
-              swapped[t][j] = candidates[j][s][t]
-            scores.append(-self._validation_loss(q, swapped, backbone))
-          elif keys.similarity == "scaled_dot":
-            scores.append(float(a @ b) / np.sqrt(a.size))
-          else:
-            scores.append(plain.cosine(a, b))
-        w = plain.softmax(np.array(scores), prior, temperature)
-        left = 0.0
-        if num_own is not None and w.any():
-          members = capped([*w[num_own:]], w[:num_own].sum(), q.settings.member_weight_cap)
-          left = w.sum() - sum(members)
-          w = np.array([left] * num_own + members)
-          left *= not num_own
-        for t, j in pieces:
-          if j == i:
-            mixed = sum(w_s * c[t] for w_s, c in zip(w, candidates[i], strict=True))
-            result[t][i] = mixed + left * own[t][i] if w.any() else own[t][i]
-            weights[i][t] = w
-    return result, [w.mean(axis=0) for w in weights]
-
-  def _units(self) -> list[list[tuple[int, int]]]:
-    """What attention treats as one: lists of (tensor, layer)."""
-    return plain.units(self.config.key_layers.granularity, len(self.shapes), self.num_layers)
-
-  def _validation_loss(self, q: Member, key_layers: Layers, backbone: Any) -> float:
-    if q.path not in self.validation:
-      return 0.0
-    return self._loss(q, {"backbone": backbone, "key_layers": self._from_lists(key_layers)})
-
-  def _loss(self, q: Member, params: model.Params) -> float:
-    windows = self.validation[q.path]
-    return float(oracle_nodes.loss(self.arch, params, windows)) / np.count_nonzero(windows[:, 1:] >= 0)
+  def _attended_layers(self, q, own, direction, origin, candidates, prior, temperature, backbone, num_own=None):
+    return oracle_attention.attended_layers(
+      self.config.key_layers, own, direction, origin, candidates, prior, temperature,
+      lambda layers: self.judge.loss_of(q.path, backbone, layers), num_own, q.settings.member_weight_cap,
+    )
 
   def _gain(self, q: Member, above: NodeState) -> float:
     """How much lower the loss of a node's own model is than that of its parent's, as far as that crosses the edge."""
@@ -399,13 +406,8 @@ class Oracle:
     own = self.params(q.path)
     theirs = {"backbone": backbone, "key_layers": self._from_lists(layers)}
     theirs = own | {part: theirs[part] for part in self.rules.parts}
-    before, after = self._loss(q, theirs), self._loss(q, own)
+    before, after = self.judge.loss(q.path, theirs), self.judge.loss(q.path, own)
     return before - after if np.isfinite(after) else -math.inf
-
-  def _accept(self, q: Member, own: Layers, mixed: Layers, backbone: Any) -> Layers:
-    asks = q.settings.acceptance == "validated" and q.path in self.validation
-    losses = [self._validation_loss(q, layers, backbone) if asks else 0.0 for layers in (mixed, own)]
-    return own if losses[0] > losses[1] else mixed
 
   def _to_lists(self, key_layers: Any) -> Layers:
     return [[np.asarray(layer, np.float64).ravel() for layer in leaf] for leaf in jax.tree.leaves(key_layers)]

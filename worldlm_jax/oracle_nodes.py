@@ -7,6 +7,7 @@ where it happens.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,9 @@ import numpy as np
 import optax
 
 from worldlm_jax import local, model, plain
-from worldlm_jax.config import KeyLayerConfig, OptimizerConfig
+from worldlm_jax.config import OptimizerConfig
 from worldlm_jax.exchange import relevance
+from worldlm_jax.federation import Member
 from worldlm_jax.plain import Layers
 
 BLOCK = 64
@@ -36,6 +38,7 @@ class Shared(NamedTuple):
   """What others may see of a node: its last update, whether it is news, and its residual layers."""
 
   update: Layers
+  backbone_update: Any
   fresh: bool
   gain: float
   sent: list[Residual]
@@ -62,7 +65,8 @@ class NodeState:
   heard: bool = True
   handed: Any = None  # the parent's backbone and key layers, as they arrived
   errors: Any = None  # what has not arrived of the updates of both
-  addition_error: Any = None  # nor of what the parent added to the key layers
+  addition_errors: Any = None  # nor of what the parent added to them
+  moved: Any = None  # how far both have moved from one down-phase to the next
   withheld: Any = None  # how much more than what is known of them the last updates were
   clip: float = math.inf  # of its updates; of a federation without text, of its members'
   within: float = 0.0  # which share of its last update was under it
@@ -74,7 +78,7 @@ class NodeState:
 
   def shared(self) -> Shared:
     """What others may see of the node now."""
-    return Shared(self.update, self.fresh and self.heard, self.gain, self.sent, self.heard)
+    return Shared(self.update, self.backbone_update, self.fresh and self.heard, self.gain, self.sent, self.heard)
 
   def known(self) -> tuple[Any, Layers]:
     """Backbone and key layers, as others know them."""
@@ -113,9 +117,16 @@ class Edge(NamedTuple):
       plain.combine([held_layers, layers_moved], [1.0, 1.0]),
     )
 
-  def added(self, node: NodeState, addition: Layers) -> Layers:
-    """What arrives of it."""
-    arrived, node.addition_error = self._layers(addition, node.addition_error)
+  def added_backbone(self, node: NodeState, addition: Any) -> Any:
+    """What arrives of what the parent adds to it."""
+    arrived, error = self._tree(addition, node.addition_errors[0])
+    node.addition_errors = error, node.addition_errors[1]
+    return arrived
+
+  def added_layers(self, node: NodeState, addition: Layers) -> Layers:
+    """The same of key layers."""
+    arrived, error = self._layers(addition, node.addition_errors[1])
+    node.addition_errors = node.addition_errors[0], error
     return arrived
 
   def _tree(self, update: Any, error: Any) -> tuple[Any, Any]:
@@ -131,41 +142,29 @@ class Edge(NamedTuple):
     return arrived, plain.combine([wanted, arrived], [1.0, -1.0])
 
 
-def attended_updates(
-  keys: KeyLayerConfig, units: list[list[tuple[int, int]]], own: Layers, candidates: list[list[list[np.ndarray]]]
-) -> Layers:
-  """What to add to layers that already hold `own`: attention over updates, `units` of (tensor, layer) at a time."""
-  result: Layers = [[np.empty(0)] * len(tensor) for tensor in own]
-  for unit in units:
-    direction = np.concatenate([own[t][i] for t, i in unit])
-    steps = {(t, i): own[t][i] for t, i in unit}
-    for t, i in unit:
-      for s, candidate in enumerate(candidates[i]):
-        # With granularity "all", a candidate's missing layers count as zeros.
-        theirs = np.concatenate([
-          candidates[j][s][u] if s < len(candidates[j]) else 0 * own[u][j] for u, j in unit
-        ])
-        agreement = plain.cosine(direction, theirs) - keys.update_threshold
-        beta = keys.update_strength * bool(direction.any()) * max(0.0, agreement)
-        steps[t, i] = steps[t, i] + beta * candidate[t]
-    step_vector = np.concatenate([steps[t, i] for t, i in unit])
-    own_norm, step_norm = np.linalg.norm(direction), np.linalg.norm(step_vector)
-    scale = min(1.0, keys.update_norm_cap * own_norm / step_norm) if own_norm and step_norm else 1.0
-    for t, i in unit:
-      result[t][i] = scale * steps[t, i] - own[t][i]
-  return result
+class Judge(NamedTuple):
+  """Losses of models on the validation batches of nodes."""
 
+  arch: model.Architecture
+  windows: dict[str, np.ndarray]  # path -> int32 [E, W]
+  from_lists: Callable[[Layers], Any]  # key layers as the model takes them
 
-def routing_score(
-  similarity: str, direction: Layers, origin: Layers | None, pool: list[Residual], r: Residual
-) -> float:
-  """How similar a residual layer is to a node's own, or to the mean of its pool where the node has no direction."""
-  query = plain.layer(direction, r.index)
-  if not any(t.any() for tensor in direction for t in tensor):
-    everyone = [plain.displacement(o.layer, origin, o.index) for o in pool if o.index == r.index]
-    query = [np.mean(tensors, axis=0) for tensors in zip(*everyone, strict=True)]
-  a, b = np.concatenate(query), np.concatenate(plain.displacement(r.layer, origin, r.index))
-  return float(a @ b) / np.sqrt(a.size) if similarity == "scaled_dot" else plain.cosine(a, b)
+  def loss(self, path: str, params: model.Params) -> float:
+    """In nats per token."""
+    windows = self.windows[path]
+    return float(loss(self.arch, params, windows)) / np.count_nonzero(windows[:, 1:] >= 0)
+
+  def loss_of(self, path: str, backbone: Any, layers: Layers) -> float:
+    """The same; 0 where a node has no batch."""
+    if path not in self.windows:
+      return 0.0
+    return self.loss(path, {"backbone": backbone, "key_layers": self.from_lists(layers)})
+
+  def accept(self, q: Member, own: tuple[Any, Layers], mixed: tuple[Any, Layers]) -> tuple[Any, Layers]:
+    """A node's backbone and key layers: the mixed ones, unless it asks for validation and they are worse."""
+    asks = q.settings.acceptance == "validated"
+    losses = [self.loss_of(q.path, *parts) if asks else 0.0 for parts in (mixed, own)]
+    return own if losses[0] > losses[1] else mixed
 
 
 def rounded(x: np.ndarray, width: int, kind: str) -> np.ndarray:

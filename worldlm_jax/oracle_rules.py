@@ -23,6 +23,9 @@ class Rules:
     self.apart = has_key_layers or not round(config.model.key_layer_share * config.model.num_layers)
     self.uniform = config.backbone.weights == "uniform"
     self.whole_layers = config.key_layers.values == "layers"
+    attends_to_model = config.key_layers.granularity == "model" and not self.whole_layers
+    self.attended = BOTH if attends_to_model else BOTH[1:]
+    self.siblings = config.key_layers.candidates != "everybody" and not self.whole_layers
     self.parts = BOTH if config.algorithm.startswith("worldlm") else BOTH[:1]
     for question in (self.audience, self.sources, self.learnt_from, self.in_mean, self.goes_on, self.readers):
       setattr(self, question.__name__, functools.cache(question))
@@ -85,7 +88,8 @@ class Rules:
   def looks_at(self, path: str, other: str) -> bool:
     """Whether a node may look at a sibling's update, or at its parent's own."""
     known = self.belongs(other) or other == self.nodes[path].parent
-    return self.belongs(path) and known and path in self.audience("key_layers", other) and other in self.sources(path)
+    shown = all(path in self.audience(part, other) for part in self.attended)
+    return self.belongs(path) and known and shown and other in self.sources(path)
 
   def gets_residuals(self, path: str, origin: str) -> bool:
     """Whether a node may get residual layers of another."""
@@ -106,9 +110,10 @@ class Rules:
     found: set[str] = set()
     if self.in_mean(part, path):
       found = self.below(parent) | (self.readers(part, parent) if self.goes_on(part, path) else set())
+    others = {q for q, m in self.nodes.items() if m.parent is not None and q != path}
     if part == "key_layers":
-      others = {q for q, m in self.nodes.items() if m.parent is not None and q != path}
       found |= {q for q in others if self.gets_residuals(q, path)}
+    if part in self.attended and self.siblings:
       found |= {q for q in others if self.nodes[q].parent == parent and self.looks_at(q, path)}
     return found - self.below(path)
 
@@ -140,21 +145,36 @@ class Rules:
     floor = self.nodes[parent].settings.quality_floor if parent is not None else 0.0
     return math.log(floor) if floor else -math.inf
 
-  def own_share(self, path: str, text: dict[str, int]) -> float:
-    """How much of the text behind the model that a node is handed next is its own."""
+  def behind(self, path: str, text: dict[str, int]) -> list[str]:
+    """The nodes with text that are behind the model that a node is handed next, as its own is."""
 
     def top(x: str) -> str | None:
       parent = self.nodes[x].parent
       if parent is None or not self.in_mean("backbone", x):
-        return None
+        return x if parent is None else None
       return parent if self.nodes[parent].parent is None or self.is_kept("backbone", x) else top(parent)
 
     if (reached := top(path)) is None:
-      return 0.0
-    others = {x: t for x in text if (t := top(x)) is not None}
-    behind = [x for x, t in others.items() if x in self.below(reached) and reached in self.below(t)]
-    return text.get(path, 0) / sum(text[x] for x in behind) if path in text else 0.0
+      return []
+    others = {x: t for x in text if not self.nodes[x].moved_from and (t := top(x)) is not None}
+    return [x for x, t in others.items() if x in self.below(reached) and reached in self.below(t)]
 
+  def own_share(self, path: str, text: dict[str, int]) -> float:
+    """How much of the text behind that model is its own."""
+    behind = self.behind(path, text)
+    return text[path] / sum(text[x] for x in behind) if path in text and behind else 0.0
+
+  def others(self, path: str, text: dict[str, int]) -> int:
+    """How many others' texts are behind it."""
+    return len({*self.behind(path, text)} - {path})
+
+  def follows(self, path: str) -> bool:
+    """Whether a node may look at how far its parent's model has moved."""
+    parent = str(self.nodes[path].parent)
+    siblings = [x for x, m in self.nodes.items() if m.parent == parent]
+    return all(self.takes(part, path) and not any(
+      self.in_mean(part, x) != self.goes_on(part, x) or self.is_kept(part, x) for x in siblings
+    ) for part in self.parts)
 
   def weights(self, here: list[Member], counts: list[float], nodes: Mapping[str, NodeState]) -> list[float]:
     """What members weigh, each of which counts a part of it."""

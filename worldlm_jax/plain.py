@@ -45,8 +45,7 @@ def units(granularity: str, num_tensors: int, num_layers: int) -> list[list[tupl
   return {
     "layer": [[(t, i) for t in tensors] for i in layers],
     "tensor": [[(t, i)] for t in tensors for i in layers],
-    "all": [[(t, i) for t in tensors for i in layers]],
-  }[granularity]
+  }.get(granularity, [[(t, i) for t in tensors for i in layers]])
 
 
 def scaled(layers: Layers, factor: float) -> Layers:
@@ -82,3 +81,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 def flat(tree: Any) -> np.ndarray:
   """All of a tree's numbers in one vector."""
   return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
+
+
+def unflattened(vector: np.ndarray, like: Any) -> Any:
+  """The inverse of `flat`, in the shapes of `like`."""
+  leaves, structure = jax.tree.flatten(like)
+  ends = np.cumsum([np.size(leaf) for leaf in leaves])
+  return jax.tree.unflatten(structure, [
+    piece.reshape(np.shape(leaf)) for piece, leaf in zip(np.split(vector, ends[:-1]), leaves, strict=True)
+  ])

@@ -6,7 +6,7 @@ A line of receipts.jsonl has these fields:
   phase         "up": an update to the federation; "down": what a node gets from it; "attention": whose updates are in
                 what it gets
   from, to      paths
-  part          "backbone", "key_layers", "addition" (what a parent adds to a node's key layers), "residual_layer"
+  part          "backbone", "key_layers", "addition" (what a parent adds to a node's own model), "residual_layer"
   bytes         that crossed the edge; 0 for what is within something else that did, or did not cross
   norm          Euclidean, of what was sent: an update as it arrived, a parent's part of a model, an addition
   privacy_cost  epsilon, at the sender's privacy_delta: what the release of its update added to what it had spent. All
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from worldlm_jax import records, state as state_lib
-from worldlm_jax.config import NodeSettings
+from worldlm_jax.config import KeyLayerConfig, NodeSettings
 from worldlm_jax.exchange import guards
 from worldlm_jax.federation import Member
 from worldlm_jax.governance import KEY_LAYERS, Governance
@@ -46,13 +46,14 @@ class Receipts:
   Args:
     governance: the rules of the tree; those of one without rules permit everything.
     sizes: of the messages.
-    over_updates: whether attention goes over updates.
+    config: of the attention.
   """
 
-  def __init__(self, governance: Governance, sizes: records.EdgeBytes, over_updates: bool):
+  def __init__(self, governance: Governance, sizes: records.EdgeBytes, config: KeyLayerConfig):
     self._governance, self._federation = governance, governance.federation
     self._sizes = {"backbone": sizes.backbone, KEY_LAYERS: sizes.key_layers}
-    self._residual_bytes, self._over_updates = sizes.residual_layer, over_updates
+    self._residual_bytes = sizes.residual_layer
+    self._over_updates, self._candidates = config.values == "updates", config.candidates
     self._paths = [m.path for m in self._federation.members]
 
   def down(self, index: int, level: int, active: np.ndarray, topology: state_lib.Topology,
@@ -70,27 +71,29 @@ class Receipts:
         elif _flag(log, f"hands_{part}", i):
           found.append(_receipt(index, "down", member.parent, member.path, part, self._sizes[part], norm))
       found += self._residuals(index, level, i, member.path, log)
-      if _flag(log, "hands_addition", i):
-        found += self._addition(index, level, i, topology, log)
+      if _flag(log, "attends", i):
+        found += self._attention(index, level, i, topology, log)
     return found
 
-  def _addition(self, index: int, level: int, i: int, topology: state_lib.Topology,
-                log: Mapping[str, Any]) -> list[Receipt]:
-    """What a parent adds to a node's key layers, and whose updates are in it."""
+  def _attention(self, index: int, level: int, i: int, topology: state_lib.Topology,
+                 log: Mapping[str, Any]) -> list[Receipt]:
+    """What is added to a node's own model, and whose updates are in it."""
     members = self._federation.levels[level]
     path, parent = members[i].path, str(members[i].parent)
     norm = _number(log, "norm_addition", i)
-    found = [_receipt(index, "down", parent, path, "addition", self._sizes[KEY_LAYERS], norm)]
+    size = sum(size for part, size in self._sizes.items() if _flag(log, f"hands_addition_{part}", i))
+    found = [_receipt(index, "down", parent, path, "addition", size, norm)] if size else []
     weights = np.asarray(log["weights"])[i].mean(axis=-1)
     width = topology.siblings.shape[1]
-    sources = [(parent, weights[0])] + [
-      (members[s].path, weight) for s, there, weight in
-      zip(topology.siblings[i], topology.siblings_mask[i], weights[len(weights) - width :], strict=True) if there
+    trains = self._federation.by_path[parent].trains
+    why = self._governance.attends(path, parent) if trains else ""
+    sources = [(parent, weights[0], why)] + [
+      (members[s].path, weight, self._governance.attends(path, members[s].path)) for s, there, weight in
+      zip(topology.siblings[i], topology.siblings_mask[i], weights[len(weights) - width :], strict=True)
+      if there and self._candidates != "everybody"
     ]
-    for source, weight in sources:
-      why = self._governance.attends(path, source)
-      has_learnt = source != parent or self._federation.by_path[source].trains
-      if weight > 0 or (why and has_learnt):
+    for source, weight, why in sources:
+      if weight > 0 or why:
         found.append(_receipt(index, "attention", source, path, KEY_LAYERS, 0, None, why,
                               None if why else round(float(weight), 6)))
     return found

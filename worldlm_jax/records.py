@@ -158,9 +158,7 @@ class Exchanges:
         governance is None or governance.sends(part, path)))
       for path in self._paths[1:]
     }
-    self._handed = {
-      "hands_backbone": sizes.backbone, "hands_key_layers": sizes.key_layers, "hands_addition": sizes.key_layers
-    }
+    self._handed = {f"hands_{what}{part}": size for part, size in of_part.items() for what in ("", "addition_")}
 
   def down(
     self, rows: Rows, level: int, active: np.ndarray, topology: state_lib.Topology, log: Mapping[str, Any]

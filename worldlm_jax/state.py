@@ -13,7 +13,7 @@ import numpy as np
 
 from worldlm_jax import links, local, model, partition, trees
 from worldlm_jax.config import Config
-from worldlm_jax.exchange import backbone, relevance, residuals
+from worldlm_jax.exchange import attend, backbone, relevance, residuals
 from worldlm_jax.federation import Federation
 from worldlm_jax.governance import Governance, Permissions, permissions
 from worldlm_jax.privacy import policy, release
@@ -139,7 +139,8 @@ def init(
   protects = withholds or policy.any_examples(federation)
   errors = {part: trees.zeros_like(params[part]) for part in tracks}
   if config.key_layers.values == "updates" and "key_layers" in tracks:
-    errors["addition"] = trees.zeros_like(key_layers)
+    added = attend.added_parts(config.key_layers, config.payload)
+    errors["addition"] = {part: trees.zeros_like(params[part]) for part in added}
   sends, receives = config.key_layers.residuals_per_layer, config.key_layers.residuals_received
   exchanges_residuals = "key_layers" in tracks and bool(key_layers) and sends > 0 and receives > 0
   reached = [bool(own.eligible) for own in topologies]  # residual layers come from the pool of one's side of the tree

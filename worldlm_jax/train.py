@@ -106,9 +106,7 @@ class _Run:
     shared = {part: params for part, params in model.abstract_params(self.arch).items() if part in algorithm.shares}
     exchanges = records.Exchanges(self.federation, config.key_layers, shared, config.payload, algorithm.governance)
     sizes = records.edge_bytes(shared, config.key_layers.values, config.payload)
-    receipts = receipts_lib.Receipts(
-      algorithms.governance(config, self.federation), sizes, config.key_layers.values == "updates"
-    )
+    receipts = receipts_lib.Receipts(algorithms.governance(config, self.federation), sizes, config.key_layers)
     self.ledger = ledger_lib.Ledger(now, self.federation, self.texts, self.engine, exchanges, receipts, self._show)
     self.watchers: watching.Watchers | None = None
     self.stop = signals.Stop()

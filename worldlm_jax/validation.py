@@ -88,7 +88,8 @@ def validate(config: Config) -> None:
     checks.require(key_layers.similarity == "update_cosine", "config.key_layers.similarity", key_layers.similarity,
                    "'update_cosine' with values='updates'",
                    "attend over updates compares updates; set config.key_layers.values=layers for the others")
-  checks.one_of("config.key_layers.granularity", key_layers.granularity, ("layer", "tensor", "all"))
+  checks.one_of("config.key_layers.granularity", key_layers.granularity, ("layer", "tensor", "all", "model"))
+  checks.one_of("config.key_layers.candidates", key_layers.candidates, ("everybody", "siblings", "both"))
   checks.one_of("config.key_layers.prior", key_layers.prior, ("uniform", "weights"))
   _in_range("config.key_layers.update_threshold", key_layers.update_threshold, -1, 1)
   _at_least("config.key_layers.update_strength", key_layers.update_strength, 0)

@@ -33,8 +33,11 @@ def arranged(config: Config, federation: Federation) -> Federation:
 def governance(config: Config, federation: Federation) -> governance_lib.Governance:
   """The rules of a tree; where a model has no key layers of its own, those about them hold for all of it."""
   whole = configured_key_layers(config.model) > 0 and not ROWS[config.algorithm].has_key_layers
-  over_layers = config.key_layers.values == "layers"
-  return governance_lib.Governance(federation, ROWS[config.algorithm].shares, whole, over_layers)
+  keys = config.key_layers
+  over_layers = keys.values == "layers"
+  attended = ("key_layers", "backbone") if keys.granularity == "model" and not over_layers else ("key_layers",)
+  siblings = keys.candidates != "everybody" and not over_layers
+  return governance_lib.Governance(federation, ROWS[config.algorithm].shares, whole, over_layers, attended, siblings)
 
 
 def adapted(config: Config) -> Config:

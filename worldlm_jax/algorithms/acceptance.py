@@ -18,9 +18,10 @@ def validation_loss(
 
 
 def accept(
-  arch: model.Architecture, node: NodeInputs, backbone: trees.PyTree, own: trees.PyTree, mixed: trees.PyTree
-) -> tuple[trees.PyTree, jax.Array]:
-  """One node's key layers, and whether the mixed ones were taken."""
-  loss = validation_loss(arch, node, backbone)
-  accepted = ~node.validated | (node.num_windows == 0) | (loss(mixed) <= loss(own))
+  arch: model.Architecture, node: NodeInputs, own: model.Params, mixed: model.Params
+) -> tuple[model.Params, jax.Array]:
+  """One node's model, and whether the mixed one was taken."""
+  loss_own, loss_mixed = (validation_loss(arch, node, params["backbone"])(params["key_layers"])
+                          for params in (own, mixed))
+  accepted = ~node.validated | (node.num_windows == 0) | (loss_mixed <= loss_own)
   return trees.where(accepted, mixed, own), accepted

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from worldlm_jax import model, trees
 from worldlm_jax.algorithms import acceptance, permitted
-from worldlm_jax.algorithms.rules import Ascent, Descent, Log, NodeInputs
+from worldlm_jax.algorithms.rules import Ascent, Descent, Log, NodeInputs, Received
 from worldlm_jax.config import KeyLayerConfig
 from worldlm_jax.exchange import attend, caps, residuals as residuals_lib
 from worldlm_jax.exchange.residuals import Residuals
@@ -29,11 +29,11 @@ class AttendLayers(NamedTuple):
   arch: model.Architecture
   any_validated: bool
 
-  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
+  def receive(self, descent: Descent) -> Received:
     """The down-phase of a level: see `KeyLayerRule.receive`."""
     level, above, topology = descent.level, descent.above, descent.topology
     pool, eligible_NxPxM = _joined(descent)
-    may_take_N = permitted.takes(topology, "key_layers", jnp.ones_like(descent.takes))
+    may_take_N = permitted.takes(topology, "key_layers", jnp.ones_like(descent.takes["key_layers"]))
     restricted = topology.permissions is not None
 
     def one(node, takes, kept, own, update, parents, may_take, eligible_PxM, backbone):
@@ -60,10 +60,11 @@ class AttendLayers(NamedTuple):
 
     # Rounded or noised, a node goes on from its layers as its parent knows them, lest that mix other ones than it has.
     mixed, received, log = jax.vmap(one)(
-      descent.nodes, descent.takes, descent.own, level.params["key_layers"], news(level)["key_layers"],
-      topology.parent if descent.handed is None else descent.handed, may_take_N, eligible_NxPxM, descent.backbone,
+      descent.nodes, descent.takes["key_layers"], descent.own["key_layers"], level.params["key_layers"],
+      news(level)["key_layers"], topology.parent if descent.handed is None else descent.handed, may_take_N,
+      eligible_NxPxM, descent.own["backbone"],
     )
-    return mixed, received, None, log
+    return Received(descent.own | {"key_layers": mixed}, received, None, log)
 
   def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """The up-phase of a level: see `KeyLayerRule.merge`."""
@@ -145,13 +146,17 @@ class AttendLayers(NamedTuple):
 
   def _accept(self, own, mixed, node: NodeInputs, backbone):
     """Keeps the own layers where the node asks for validation and the mixed ones are worse."""
-    return acceptance.accept(self.arch, node, backbone, own, mixed) if self.any_validated else (mixed, jnp.bool_(True))
+    if not self.any_validated:
+      return mixed, jnp.bool_(True)
+    before, after = ({"backbone": backbone, "key_layers": layers} for layers in (own, mixed))
+    kept, accepted = acceptance.accept(self.arch, node, before, after)
+    return kept["key_layers"], accepted
 
 
 def _joined(descent: Descent) -> tuple[Residuals | None, jax.Array]:
   """All pools as one, leaves `[P, M, ...]`, and who may get which layer of it: bool `[N, P, M or 1]`."""
   if not descent.pools:
-    return None, jnp.zeros((len(descent.takes), 0, 1), bool)
+    return None, jnp.zeros((len(descent.takes["key_layers"]), 0, 1), bool)
   flat = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), pool.residuals) for pool in descent.pools]
   eligible = [jnp.repeat(pool.eligible, pool.residuals.present.shape[1], axis=1) for pool in descent.pools]
   pool = trees.concatenate(flat)

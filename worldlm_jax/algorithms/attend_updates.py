@@ -1,23 +1,29 @@
-"""Key layers that attend to the updates of others: the rule of `worldlm` (equations in `exchange/attend.py`).
+"""Nodes that attend to the updates of others: the rule of `worldlm` (equations in `exchange/attend.py`).
 
-The candidates are the updates of a parent that trained, routed ones, and those of siblings; each is used once. Where
-the paper (arXiv:2405.14446) is silent: a residual layer that a node received is offered to its children with everything
-else in their pool; a federation takes its members' mean update for its own progress, and offers the members' updates
-that agree with it least.
+The candidates are what a node's parent learned, routed updates of layers, and those of siblings; each is used once. A
+parent without text of its own stands for everybody beyond one's federation: how far its model has moved since it was
+handed down last is the mean of everybody's updates, out of which one's own share is taken, and it counts as many
+updates as there are others out there. Where the paper (arXiv:2405.14446) is silent: a residual layer that a node
+received is offered to its children with everything else in their pool; a federation takes its members' mean update for
+its own progress, and offers the members' updates that agree with it least.
 
-All of it is linear: one pass over the updates for their inner products, in which everything is decided, and one that
-adds them up (`exchange/rows.py`). Axes: N nodes, S candidates, M key layers, T tensors of a block, R residual layers,
-P layers in the pool, C members of federations, X all rows that a device needs.
+Key layers attend, and with `granularity=model` a backbone that is a node's own does so with them, all of it as one
+unit. All of it is linear: one pass over the updates for their inner products, in which everything is decided, and one
+that adds them up (`exchange/rows.py`). Axes: N nodes, S candidates, M key layers (and, in tables, the backbone as one
+more), T tensors of a block, R residual layers, P layers in the pool, C members of federations, X all rows that a device
+needs.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from worldlm_jax import links, model, trees
 from worldlm_jax.algorithms import acceptance, edges, permitted
-from worldlm_jax.algorithms.rules import Ascent, Descent, Log
+from worldlm_jax.algorithms.rules import Ascent, Descent, Log, Received
 from worldlm_jax.config import KeyLayerConfig
 from worldlm_jax.exchange import attend, residuals as residuals_lib, robust, rows
 from worldlm_jax.exchange.residuals import Residuals
@@ -27,10 +33,13 @@ class _Relatives(NamedTuple):
   """Where a node's candidates are; leaves `[N, ...]`."""
 
   parent: jax.Array  # int32 [N]: place in the level above
-  parent_counts: jax.Array  # bool [N]: whether the parent's update is news
+  parent_counts: jax.Array  # bool [N]: whether what the parent learned is news
+  stands_for: jax.Array  # float32 [N]: of how many nodes' updates that is the mean; 0 where it is the parent's own
+  own_share: jax.Array  # float32 [N]: what the node's own update counts in it
   siblings: jax.Array  # int32 [N, S]: places among the rows that `Neighbours.fetch` gives
   siblings_count: jax.Array  # bool [N, S]
   eligible: jax.Array  # bool [N, P, M or 1]: who may get which residual layer
+  takes: jax.Array  # bool [N, 2]: whether it takes its parent's key layers, and backbone, as they are
 
 
 class _Offered(NamedTuple):
@@ -47,102 +56,152 @@ class AttendUpdates(NamedTuple):
   config: KeyLayerConfig
   arch: model.Architecture
   any_validated: bool
+  added: tuple[str, ...]  # see `attend.added_parts`
   combine: robust.Combine = links.sum_members  # how members' updates become one
 
-  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
+  def receive(self, descent: Descent) -> Received:
     """The down-phase of a level: see `KeyLayerRule.receive`."""
     level, above, topology = descent.level, descent.above, descent.topology
-    offered, eligible = _offered(descent)
-    relatives = _Relatives(
-      jnp.asarray(topology.parent),
-      permitted.parent_counts(topology, above.trained[topology.parent] & descent.phase.first_repeat),
-      jnp.asarray(topology.neighbours.siblings),
-      jnp.asarray(permitted.siblings(topology)) & level.fresh[topology.siblings], eligible,
-    )
-
+    relatives, neighbours, offered = self._relatives(descent)
+    parts = ["key_layers", "backbone"] if self.config.granularity == "model" else ["key_layers"]
     rounds = descent.handed is not None
 
-    def on_device(base, update, fresh, theirs, above_update, above_fresh, pools, takes, active, relatives, offered):
-      from_above = links.broadcast(topology.num_parents, _num_rows(above_update))
-      sources = [rows.Source(update, topology.neighbours.fetch), rows.Source(above_update, from_above)]
-      news = [topology.neighbours.fetch(jnp.int32(fresh)), from_above(jnp.int32(above_fresh))]
+    def on_device(base, update, fresh, theirs, above_update, pools, active, relatives, offered):
+      num_layers, num_parents = jax.tree.leaves(base["key_layers"])[0].shape[1], topology.num_parents
+      from_above = links.broadcast(num_parents, _num_rows(above_update))
+      fetches = neighbours.fetch, from_above
+      trees_of = update, above_update
+      sources = [rows.Source(tree["key_layers"], fetch) for tree, fetch in zip(trees_of, fetches, strict=True)]
+      news = [neighbours.fetch(jnp.int32(fresh)), jnp.ones(num_parents, jnp.int32)]
+      first_parent = len(active) * neighbours.num_blocks
+      known = first_parent + num_parents  # of these rows the backbone is known, too
       for pool, layers in zip(descent.pools, pools, strict=True):
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), layers)
         num_real = pool.num_real * pool.residuals.present.shape[1]
         sources.append(rows.Source(flat, links.broadcast(num_real, _num_rows(flat))))
         news.append(jnp.ones(num_real, jnp.int32))
-      gram = rows.gram(sources)
+      gram = jnp.stack(rows.gram(sources))
+      if "backbone" in base:  # as one more layer, of a single tensor
+        backbones = [rows.Source(rows.layered(tree["backbone"]), fetch)
+                     for tree, fetch in zip(trees_of, fetches, strict=True)]
+        table = jnp.zeros_like(gram[0, 0]).at[:known, :known].set(rows.total(rows.gram(backbones)))
+        gram = jnp.concatenate([gram, jnp.zeros_like(gram[:, :1]).at[0, 0].set(table)], axis=1)
       counts_X = jnp.all(jnp.isfinite(jnp.diagonal(gram, axis1=2, axis2=3)), axis=(0, 1)) & (jnp.concatenate(news) > 0)
       gram = jnp.where(counts_X[:, None] & counts_X[None, :], gram, 0.0)
-      first_parent = len(takes) * topology.neighbours.num_blocks
 
       def choose(n, relatives):
-        return self._choose(gram, counts_X, n, relatives, offered, first_parent, topology.num_parents)
+        return self._choose(gram, counts_X, n, relatives, offered, first_parent, num_parents, num_layers)
 
-      coefficients_NxTxMxX, routed, log = jax.vmap(choose)(jnp.arange(len(takes)), relatives)
+      coefficients_NxTxMxX, routed, log = jax.vmap(choose)(jnp.arange(len(active)), relatives)
       coefficients_NxTxMxX = jnp.where(active[:, None, None, None], coefficients_NxTxMxX, 0.0)
-      instead = rows.Instead(rows.Source(theirs, from_above), relatives.parent, takes)
+      c_TxMxNxX = jnp.moveaxis(coefficients_NxTxMxX, 0, 2)
+      instead = rows.Instead(rows.Source(theirs, from_above), relatives.parent, relatives.takes[:, 0])
       if rounds:
-        instead = rows.Instead(rows.Source(theirs, lambda rows: rows), jnp.arange(len(takes)), takes)
-      mixed = rows.combine(base, jnp.moveaxis(coefficients_NxTxMxX, 0, 2), sources, counts_X, instead)
-      received = _picked(update, routed, sources, counts_X) if level.received is not None else None
+        instead = instead._replace(source=rows.Source(theirs, lambda rows: rows), place=jnp.arange(len(active)))
+      mixed = {"key_layers": rows.combine(base["key_layers"], c_TxMxNxX[:, :num_layers], sources, counts_X, instead)}
+      if "backbone" in base:
+        backbone, c_NxX = rows.layered(base["backbone"]), c_TxMxNxX[0, num_layers, :, :known]
+        each = [jnp.broadcast_to(c_NxX, (leaf.shape[1], *c_NxX.shape)) for leaf in jax.tree.leaves(backbone)]
+        added = rows.combine(backbone, each, backbones, counts_X[:known])
+        mixed["backbone"] = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), added, base["backbone"])
+      received = _picked(update["key_layers"], routed, sources, counts_X) if level.received is not None else None
       return mixed, received, log
 
     run = links.on_devices(on_device, topology.mesh, num_everywhere=1)
-    own, pools = descent.own, [pool.residuals.layers for pool in descent.pools]
+    own, pools = {part: descent.own[part] for part in parts}, [pool.residuals.layers for pool in descent.pools]
     mixed, layers, log = run(
-      trees.zeros_like(own) if rounds else own, level.update["key_layers"], level.fresh,
-      descent.handed if rounds else above.params["key_layers"], above.update["key_layers"], above.fresh, pools,
-      descent.takes, descent.nodes.active, relatives, offered,
+      trees.zeros_like(own) if rounds else own, {part: level.update[part] for part in parts}, level.fresh,
+      descent.handed if rounds else above.params["key_layers"], {part: above.update[part] for part in parts}, pools,
+      descent.nodes.active, relatives, offered,
     )
     error = None
     if rounds:
-      before = level.errors["addition"]
-      mixed, error = trees.where(descent.takes, (mixed, before), edges.added(own, mixed, before, descent.payload))
+      error = {}
+      for part, before in level.errors["addition"].items():
+        arrived = edges.added(own[part], mixed[part], before, descent.payload)
+        kept = own[part] if part == "backbone" else mixed[part]  # the parent's backbone has been taken before
+        mixed[part], error[part] = trees.where(descent.takes[part], (kept, before), arrived)
       mixed = trees.where(descent.nodes.active, mixed, own)
     received = None
     if level.received is not None:
       present = log["routed_origin"] >= 0
       received = Residuals(layers, log["routed_origin"], log["routed_round"], present)
+    takes = descent.takes["key_layers"]
     from_parent_S = jnp.arange(log["weights"].shape[1]) == 0
-    log["weights"] = jnp.where(descent.takes[:, None, None], jnp.float32(from_parent_S)[None, :, None], log["weights"])
-    log |= {"hands_key_layers": descent.takes, "hands_addition": ~descent.takes}
-    mixed, log["accepted"] = self._accepted(descent, own, mixed)
-    return mixed, received, error, log
+    shown = takes & descent.takes["backbone"] if len(parts) > 1 else takes
+    log["weights"] = jnp.where(shown[:, None, None], jnp.float32(from_parent_S)[None, :, None], log["weights"])
+    log |= {"hands_key_layers": takes, "attends": ~shown}
+    log |= {f"hands_addition_{part}": ~descent.takes[part] for part in self.added}
+    after = descent.own | mixed
+    before = descent.own | {"key_layers": trees.where(takes, after["key_layers"], descent.own["key_layers"])}
+    after, log["accepted"] = self._accepted(descent, before, after)
+    return Received(after, received, error, log)
 
-  def _choose(self, gram, counts_X, n, relatives: _Relatives, offered: _Offered, first_parent: int, num_parents: int):
+  def _relatives(self, descent: Descent) -> tuple[_Relatives, links.Neighbours, _Offered]:
+    """Where all nodes' candidates are, whose rows they need for that, and what is known of the pool."""
+    level, topology, nodes = descent.level, descent.topology, descent.nodes
+    offered, eligible = _offered(descent)
+    trained = descent.above.trained[topology.parent]
+    stands_for = jnp.where(trained, 0.0, nodes.num_others)
+    counts = permitted.parent_counts(topology, trained) & descent.phase.first_repeat & (trained | (stands_for > 0))
+    neighbours, siblings = topology.neighbours, permitted.siblings(topology)
+    if self.config.candidates == "siblings":
+      counts &= trained
+    elif self.config.candidates == "everybody":
+      neighbours, siblings = links.NOBODY, np.zeros_like(siblings)
+    relatives = _Relatives(
+      jnp.asarray(topology.parent), counts, stands_for, jnp.where(trained, 0.0, nodes.text_share),
+      jnp.asarray(topology.neighbours.siblings), jnp.asarray(siblings) & level.fresh[topology.siblings], eligible,
+      jnp.stack([descent.takes["key_layers"], descent.takes["backbone"]], axis=1),
+    )
+    return relatives, neighbours, offered
+
+  def _choose(
+    self, gram, counts_X, n, relatives: _Relatives, offered: _Offered, first_parent: int, num_parents: int,
+    num_layers: int,
+  ):
     """What the n-th of the device's nodes adds: coefficients `[T, M, X]`, the rows routed to it, and its log."""
-    num_layers, count = gram.shape[1], self.config.residuals_received if len(offered.origin) else 0
-    index_PxM = jnp.arange(len(offered.origin))[:, None] + first_parent + num_parents
+    count = self.config.residuals_received if len(offered.origin) else 0
+    of_layers, of_all = gram[:, :num_layers], gram.shape[1]
     log = {}
     routed_RxM, there_RxM = jnp.zeros((0, num_layers), jnp.int32), jnp.zeros((0, num_layers), bool)
     if count:
-      counts_PxM = offered.counts & relatives.eligible & counts_X[index_PxM]
-      scores_PxM = self._routing_scores(gram, n, index_PxM[:, 0], counts_PxM)
+      index_P = jnp.arange(len(offered.origin)) + first_parent + num_parents
+      counts_PxM = offered.counts & relatives.eligible & counts_X[index_P][:, None]
+      scores_PxM = self._routing_scores(of_layers, n, index_P, counts_PxM)
       place_RxM, there_RxM = residuals_lib.choose(scores_PxM, counts_PxM, count)
       routed_RxM = place_RxM + first_parent + num_parents
       log = {name: jnp.where(there_RxM, jnp.take_along_axis(getattr(offered, kind), place_RxM, axis=0), -1)
              for name, kind in (("routed_origin", "origin"), ("routed_round", "round"))}
-      squares_MxX = jnp.sum(jnp.diagonal(gram, axis1=2, axis2=3), axis=0)
+      squares_MxX = jnp.sum(jnp.diagonal(of_layers, axis1=2, axis2=3), axis=0)
       log["norm_residual"] = jnp.sqrt(jnp.take_along_axis(squares_MxX.T, routed_RxM, axis=0))
 
     def every_layer(x: jax.Array) -> jax.Array:
-      return jnp.broadcast_to(x[:, None], (len(x), num_layers))
+      return jnp.broadcast_to(x[:, None], (len(x), of_all))
 
+    more = [(0, 0), (0, of_all - num_layers)]
     index_CxM = jnp.concatenate([
-      every_layer(jnp.stack([n, first_parent + relatives.parent])), routed_RxM, every_layer(relatives.siblings)
+      every_layer(jnp.stack([n, first_parent + relatives.parent])), jnp.pad(routed_RxM, more),
+      every_layer(relatives.siblings),
     ])
     mask_SxM = jnp.concatenate([
-      every_layer(relatives.parent_counts[None]), there_RxM, every_layer(relatives.siblings_count)
+      every_layer(relatives.parent_counts[None]), jnp.pad(there_RxM, more), every_layer(relatives.siblings_count)
     ]) & counts_X[index_CxM[1:]]
+    # What it takes over is no part of what attends.
+    own_M = jnp.append(jnp.broadcast_to(~relatives.takes[0], num_layers), ~relatives.takes[1])[:of_all]
     of_layer = jax.vmap(lambda table_TxXxX, index_C: table_TxXxX[:, index_C][:, :, index_C], (1, 1), 1)
+    apart_CxC = _without_own(relatives.own_share, len(index_CxM))
+    gram_TxMxCxC = of_layer(jnp.where(own_M[:, None, None], gram, 0.0), index_CxM)
+    means_S = jnp.zeros(len(mask_SxM)).at[0].set(relatives.stands_for)
     c_TxMxC, weights, _ = attend.update_coefficients(
-      of_layer(gram, index_CxM), mask_SxM, self.config.granularity, strength=self.config.update_strength,
-      threshold=self.config.update_threshold, norm_cap=self.config.update_norm_cap,
+      jnp.einsum("ac,tmcd,bd->tmab", apart_CxC, gram_TxMxCxC, apart_CxC, precision="highest"), mask_SxM,
+      self.config.granularity, strength=self.config.update_strength, threshold=self.config.update_threshold,
+      norm_cap=self.config.update_norm_cap, means_S=means_S,
     )
-    layer_MxC = jnp.broadcast_to(jnp.arange(num_layers)[:, None], index_CxM.T.shape)
+    c_TxMxC = jnp.where(own_M[:, None], jnp.einsum("tma,ac->tmc", c_TxMxC, apart_CxC, precision="highest"), 0.0)
+    layer_MxC = jnp.broadcast_to(jnp.arange(of_all)[:, None], index_CxM.T.shape)
     c_TxMxX = jnp.zeros(gram.shape[:3]).at[:, layer_MxC, index_CxM.T].add(c_TxMxC)
-    weights_SxM = jnp.broadcast_to(jnp.mean(weights, axis=0), mask_SxM.shape)
+    weights_SxM = jnp.broadcast_to(jnp.mean(weights, axis=0), mask_SxM.shape)[:, :num_layers]
     # The norm of what is added, from inner products.
     with_sum_TxMxX = jnp.einsum("tmxy,tmy->tmx", gram, c_TxMxX, precision=jax.lax.Precision.HIGHEST)
     squared = jnp.maximum(jnp.sum(c_TxMxX * with_sum_TxMxX), 0.0)
@@ -193,14 +252,16 @@ class AttendUpdates(NamedTuple):
     mean = mean if ascent.noise is None else trees.add(mean, ascent.noise)
     if sent is not None:
       sent = sent._replace(layers=jax.tree.map(lambda leaf: leaf[:, num_sums:], sums))
-    mixed, accepted = self._accepted(ascent, own, trees.add(own, mean))
+    before = {"backbone": ascent.backbone, "key_layers": own}
+    mixed, accepted = self._accepted(ascent, before, before | {"key_layers": trees.add(own, mean)})
     # What it takes over from its members is its own progress from now on, as far as it may go further.
     update = trees.where(accepted, trees.add(update, apart[0] if apart else mean), update)
     stays = trees.where(accepted, apart[1], trees.zeros_like(apart[1])) if apart else None
     share_C = jnp.sum(ascent.shares.mean, axis=1)
     weights_NxS = jnp.where(ascent.members_mask, share_C[topology.children], 0.0)
     weights = jnp.broadcast_to(weights_NxS[:, :, None], (*weights_NxS.shape, num_layers))
-    return mixed, update, sent, stays, {"weights": weights, "accepted": accepted, "share_key_layers": share_C}
+    log = {"weights": weights, "accepted": accepted, "share_key_layers": share_C}
+    return mixed["key_layers"], update, sent, stays, log
 
   def _selected(self, ascent: Ascent, before: Residuals) -> tuple[Residuals, jax.Array]:
     """What each federation sends up after `before`, but for its layers, and whose they are: int32 `[N, R, M]`, of C."""
@@ -214,7 +275,7 @@ class AttendUpdates(NamedTuple):
       gram = rows.gram([rows.Source(update, topology_below.neighbours.fetch)])
       own = jnp.arange(len(siblings_CxS))[:, None]
       return jax.vmap(_use, (None, 0, 0, 0))(
-        jnp.sum(gram, axis=0), jnp.concatenate([own, siblings_CxS], axis=1), share_CxS, counts_CxS
+        functools.reduce(jnp.add, gram), jnp.concatenate([own, siblings_CxS], axis=1), share_CxS, counts_CxS
       )
 
     use_CxM = links.on_devices(on_device, topology.mesh)(
@@ -239,19 +300,21 @@ class AttendUpdates(NamedTuple):
     return before._replace(origin=origin, round=made, present=present), member_NxRxM
 
   def _accepted(
-    self, phase: Descent | Ascent, own: trees.PyTree, mixed: trees.PyTree
-  ) -> tuple[trees.PyTree, jax.Array]:
-    """Keeps the own layers of nodes that ask for validation, where the mixed ones are worse."""
+    self, phase: Descent | Ascent, own: model.Params, mixed: model.Params
+  ) -> tuple[model.Params, jax.Array]:
+    """Keeps the own models of nodes that ask for validation, where the mixed ones are worse."""
     if not self.any_validated:
       return mixed, jnp.ones(phase.nodes.active.shape, bool)
+    return jax.vmap(functools.partial(acceptance.accept, self.arch))(phase.nodes, own, mixed)
 
-    def one(node, backbone, own, mixed):
-      return acceptance.accept(self.arch, node, backbone, own, mixed)
 
-    kept, accepted = jax.vmap(one)(phase.nodes, phase.backbone, own, mixed)
-    if isinstance(phase, Descent):  # whoever shares its parent's takes them as they are
-      return trees.where(phase.takes, mixed, kept), accepted | phase.takes
-    return kept, accepted
+def _without_own(own_share: jax.Array, count: int) -> jax.Array:
+  """From the rows of one's own update and of a mean in which it has a share, those of it and of the mean of the rest.
+
+  `[C, C]`; all others stay.
+  """
+  rest = 1 / (1 - jnp.minimum(own_share, 1 - 1e-6))
+  return jnp.eye(count).at[1, :2].set(jnp.stack([-own_share * rest, rest]))
 
 
 def _use(table_MxXxX: jax.Array, index_C: jax.Array, share_C: jax.Array, counts_C: jax.Array) -> jax.Array:
@@ -279,9 +342,9 @@ def _offered(descent: Descent) -> tuple[_Offered, jax.Array]:
 
   What was used before is not offered: each update is used once, and not when it is old.
   """
-  num_layers = jax.tree.leaves(descent.level.params["key_layers"])[0].shape[1]
+  num_nodes, num_layers = jax.tree.leaves(descent.level.params["key_layers"])[0].shape[:2]
   nothing = jnp.zeros((0, num_layers), jnp.int32)
-  found, eligible = [_Offered(nothing, nothing, nothing.astype(bool))], [jnp.zeros((len(descent.takes), 0), bool)]
+  found, eligible = [_Offered(nothing, nothing, nothing.astype(bool))], [jnp.zeros((num_nodes, 0), bool)]
   for pool in descent.pools:
     own = jax.tree.map(lambda leaf, pool=pool: leaf[: pool.num_real].reshape(-1, num_layers), pool.residuals[1:])
     origin, made, present = own

@@ -74,9 +74,12 @@ def siblings(topology: Topology) -> np.ndarray:
     topology.siblings_mask & topology.permissions.attends)
 
 
-def parent_counts(topology: Topology, counts: jax.Array) -> jax.Array:
-  """Of those whose parents' updates are news (bool `[N]`), the ones that may look at them."""
-  return counts if topology.permissions is None else counts & topology.permissions.attends_parent
+def parent_counts(topology: Topology, trained: jax.Array) -> jax.Array:
+  """Which nodes may look at what their parents learned: from their own text where these trained (bool `[N]`), else from
+  everybody's."""
+  if topology.permissions is None:
+    return jnp.ones_like(trained)
+  return jnp.where(trained, topology.permissions.attends_parent, topology.permissions.attends_everybody)
 
 
 def residuals(topology: Topology, eligible_NxP: jax.Array, origin_PxM: jax.Array) -> jax.Array:

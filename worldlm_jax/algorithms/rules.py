@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from worldlm_jax import links, trees
-from worldlm_jax.algorithms import edges, permitted
+from worldlm_jax import links, model, trees
+from worldlm_jax.algorithms import edges, own_way, permitted
 from worldlm_jax.config import BackboneConfig, GuardConfig
 from worldlm_jax.exchange import backbone as backbone_lib, guards as guards_lib, relevance, robust
 from worldlm_jax.exchange.residuals import Residuals
@@ -32,6 +32,7 @@ class NodeInputs(NamedTuple):
   backbone_independence: Any  # float32: see exchange/relevance.py
   key_layer_independence: Any  # float32
   text_share: Any  # float32: of all text, how much the node has
+  num_others: Any  # float32: how many others with text are behind the parent's model
   validated: Any  # bool: keeps its own key layers where the mixed ones are worse
   windows: Any  # int32 [E, W]: its validation batch; E is 0 where no rule needs one
   num_windows: Any  # int32: how many of them it has; 0 without data
@@ -72,12 +73,11 @@ class Descent(NamedTuple):
   """What a level sees in its down-phase."""
 
   level: LevelState  # as others know it
-  own: trees.PyTree  # key layers, as the nodes themselves know them
+  own: model.Params  # as the nodes themselves know them; backbones as just received
   above: LevelState
   handed: trees.PyTree  # the parents' key layers as they arrived, leaves [N, ...]; None: just as they are
-  backbone: trees.PyTree  # as just received, leaves [N, ...]
   pools: list[Pool]  # the residual layers on this side of the tree
-  takes: jax.Array  # bool [N]: who takes the parent's key layers as they are
+  takes: dict[str, jax.Array]  # by part, bool [N]: who takes the parent's as it is
   topology: Topology
   nodes: NodeInputs
   phase: PhaseInputs
@@ -102,14 +102,20 @@ class Ascent(NamedTuple):
   noise: trees.PyTree  # what is added to the means of key layers' updates; None for nothing
 
 
+class Received(NamedTuple):
+  """What a down-phase makes of a level; leaves `[N, ...]`. Logs are small arrays for the records."""
+
+  params: model.Params  # those that are not active keep what they have; the rest is not looked at for them
+  residuals: Residuals | None  # the residual layers that nodes received
+  error: trees.PyTree  # by part: what has not arrived of what their parents added; None where nothing is rounded
+  log: Log
+
+
 class KeyLayerRule(Protocol):
-  """How key layers go down and up. Logs are small arrays for the records, leaves `[N, ...]`."""
+  """How key layers go down and up, and backbones that are a node's own with them."""
 
-  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
-    """New key layers, the residual layers each node received, the error of what was added (or None), and the log.
-
-    Nodes that are not active keep the key layers they have; the rest of what it gives for them is not looked at.
-    """
+  def receive(self, descent: Descent) -> Received:
+    """The down-phase of a level."""
 
   def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """New key layers, new updates, the residual layers each federation sends up, what it keeps to itself of what it
@@ -126,6 +132,7 @@ class Algorithm(NamedTuple):
   weights: str = "uniform"  # what a member weighs: see BackboneConfig
   needs_validation: bool = False  # whether it looks at the nodes' validation batches
   trusts: bool = False  # whether nodes use models between their parent's and their own (see exchange/trust.py)
+  hands_all: bool = True  # whether nodes get their parent's model when they do not take it over, too
   goes_own_way: bool = False  # whether nodes may cease to take their parent's model (see exchange/relevance.py)
   payload: str = "float32"  # one of payload.KINDS; if not this one, `tracks` has all that it `shares`
   guards: GuardConfig = GuardConfig()  # what is rejected; where it has limits, `tracks` has all that it `shares`
@@ -138,9 +145,9 @@ KEPT_BACKBONE = BackboneRule(lambda own, parents, takes: own, lambda own, server
 class KeptKeyLayers(NamedTuple):
   """Key layers that never leave their node, as a `KeyLayerRule`."""
 
-  def receive(self, descent: Descent) -> tuple[trees.PyTree, Residuals | None, trees.PyTree, Log]:
+  def receive(self, descent: Descent) -> Received:
     """Those it has."""
-    return descent.own, descent.level.received, None, {}
+    return Received(descent.own, descent.level.received, None, {})
 
   def merge(self, ascent: Ascent) -> tuple[trees.PyTree, trees.PyTree, Residuals | None, trees.PyTree, Log]:
     """Those it has."""
@@ -196,13 +203,18 @@ def down(
     phase: the round.
   """
   known, handed, before, asked = level, level.handed, level, nodes
+
+  def moved(before: LevelState, after: LevelState, who: NodeInputs) -> trees.PyTree:
+    return own_way.movement(before, after, topology, who.active) if algorithm.goes_own_way else before.update
+
   if above is not None:
     known = edges.as_known(permitted.admitted(level, topology), algorithm.payload)
     known = known._replace(fresh=known.fresh & nodes.heard)
     known = known._replace(fresh=known.fresh & (_verdicts(algorithm, known, known.fresh, topology) == 0))
     handed = permitted.handed(level, topology, edges.handed(level, above, topology, algorithm.payload))
     if algorithm.goes_own_way:
-      level = level._replace(relevance=_measured_relevance(known, above, topology, nodes, phase))
+      measured = nodes.active & phase.first_repeat
+      level = level._replace(relevance=own_way.relevance(known, above, topology, measured, nodes.text_share))
   new_count: dict[str, Any] = {
     "errors": known.errors, "own_weight": jnp.zeros_like(level.own_weight), "weight": jnp.zeros_like(level.weight),
     "trained": jnp.zeros_like(level.trained), "fresh": jnp.zeros_like(level.fresh),
@@ -210,7 +222,7 @@ def down(
   }
   begun = level._replace(handed=handed, **new_count)
   if above is None:
-    return _where_active(nodes, begun, level), {}
+    return _where_active(nodes, begun, level)._replace(update=moved(level, level, nodes)), {}
   if handed is None:
     parents = links.take_parents(above.params["backbone"], topology.parent, topology.num_parents, topology.mesh)
   else:
@@ -218,30 +230,31 @@ def down(
   sound = guards_lib.finite({part: above.params[part] for part in algorithm.shares}, above.fresh)[topology.parent]
   nodes = nodes._replace(active=nodes.active & sound)  # nobody takes over what is not finite
   parents = permitted.parents(level, topology, "backbone", parents)
-  takes = _takes(algorithm, level, nodes, nodes.backbone_independence, phase)
-  backbone = algorithm.backbone.receive(level.params["backbone"], parents, takes)
-  key_layers, received = level.params["key_layers"], level.received
-  needs_all = algorithm.trusts or not algorithm.goes_own_way
-  log: Log = {"hands_backbone": permitted.takes(topology, "backbone", takes | needs_all),
+  takes = {"backbone": _takes(algorithm, level, nodes, nodes.backbone_independence, phase)}
+  backbone = algorithm.backbone.receive(level.params["backbone"], parents, takes["backbone"])
+  params, received = level.params | {"backbone": backbone}, level.received
+  log: Log = {"hands_backbone": permitted.takes(topology, "backbone", takes["backbone"] | algorithm.hands_all),
               "refused": asked.active & ~sound}
   log |= {f"norm_{part}": trees.norms(above.params[part]) for part in algorithm.shares if above.params[part]}
-  if key_layers:
-    takes = _takes(algorithm, level, nodes, nodes.key_layer_independence, phase)
-    takes = permitted.takes(topology, "key_layers", takes)
+  if params["key_layers"]:
+    shares = _takes(algorithm, level, nodes, nodes.key_layer_independence, phase)
+    takes["key_layers"] = permitted.takes(topology, "key_layers", shares)
     pools = _pools(level, above, deeper, topology, nodes, phase)
-    key_layers, received, error, key_log = algorithm.key_layers.receive(Descent(
-      known, key_layers, above, handed and handed.get("key_layers"), backbone, pools, takes, topology, nodes, phase,
+    params, received, error, key_log = algorithm.key_layers.receive(Descent(
+      known, params, above, handed and handed.get("key_layers"), pools, takes, topology, nodes, phase,
       algorithm.payload,
     ))
     if level.kept and "key_layers" in level.kept:
-      key_layers = trees.where(takes, trees.add(key_layers, level.kept["key_layers"]), key_layers)
-    everybody = permitted.takes(topology, "key_layers", jnp.ones_like(takes))
-    log |= key_log | ({"hands_key_layers": everybody} if needs_all else {})
+      kept = trees.add(params["key_layers"], level.kept["key_layers"])
+      params = params | {"key_layers": trees.where(takes["key_layers"], kept, params["key_layers"])}
+    everybody = permitted.takes(topology, "key_layers", jnp.ones_like(shares))
+    log |= key_log | ({"hands_key_layers": everybody} if algorithm.hands_all else {})
     if error is not None:
       begun = begun._replace(errors=begun.errors | {"addition": error})
-  after = begun._replace(params={"backbone": backbone, "key_layers": key_layers}, received=received)
+  after = begun._replace(params=params, received=received)
   kept = _where_active(asked, before._replace(**new_count), before)
-  return _where_active(nodes, after, kept)._replace(params=after.params), log
+  found = _where_active(nodes, after, kept)._replace(params=after.params)
+  return found._replace(update=moved(before, after, nodes)), log
 
 
 def up(
@@ -364,21 +377,6 @@ def _where_active(nodes: NodeInputs, after: LevelState, before: LevelState) -> L
   kept: Any = {"params": None, "update": None}
   chosen = trees.where(nodes.active, after._replace(**kept), before._replace(**kept))
   return chosen._replace(params=before.params, update=before.update)
-
-
-def _measured_relevance(
-  level: LevelState, above: LevelState, topology: Topology, nodes: NodeInputs, phase: PhaseInputs
-) -> jax.Array:
-  """The relevance of all nodes, `[N]`, after those have been measured whose first update is news."""
-  measured = nodes.active & level.fresh & phase.first_repeat & (level.relevance == relevance.UNKNOWN)
-
-  def measure() -> jax.Array:
-    begun_from = trees.subtract(level.params, level.update)
-    parents = links.take_parents(above.params, topology.parent, topology.num_parents, topology.mesh)
-    return relevance.relevance(level.update, trees.subtract(parents, begun_from), nodes.text_share)
-
-  found = jax.lax.cond(jnp.any(measured), measure, lambda: level.relevance)
-  return jnp.where(measured, found, level.relevance)
 
 
 def _pools(

@@ -11,7 +11,8 @@ Over updates (ours; D is what a node's own training changed in this round):
   K_q <- K_q - D_q + step * min(1, cap * |D_q| / |step|)
 
 so that a node keeps its whole own update and adds what agrees with it; with nothing relevant around,
-it is exactly training alone.
+it is exactly training alone. A mean of n updates that are not known one by one counts as all of them:
+beta = strength * n * relu(<D_q, D_s> / |D_q|^2 - threshold), as if each of them were as long as D_q.
 
 A tree of key layers has leaves `[M, ...]`; candidates have leaves `[S, M, ...]`. Scores and weights
 have the axes `[T, S, M]`: T tensors of a block, S candidates, M layers. The granularity says which
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldlm_jax import trees
+from worldlm_jax.config import KeyLayerConfig
 
 PyTree = Any
 
@@ -40,7 +42,7 @@ def parameter_scores(
 
   Args:
     similarity: "scaled_dot" (inner product / sqrt(size)); every other name is a cosine.
-    granularity: "layer", "tensor" or "all".
+    granularity: "layer", "tensor", "all" or "model".
     direction: the query, leaves `[M, ...]`. Where it is zero everywhere (a federation that did not
       train), the mean displacement of the candidates takes its place.
     reference: leaves `[M, ...]`, or None for the origin.
@@ -72,7 +74,7 @@ def loss_scores(
   num_tensors, num_layers = len(leaves), leaves[0].shape[0]
   num_candidates = jax.tree.leaves(candidates)[0].shape[0]
   grid = np.arange(num_tensors * num_layers).reshape(num_tensors, num_layers)
-  unit_TxM = {"tensor": grid, "layer": grid % num_layers, "all": 0 * grid}[granularity]
+  unit_TxM = {"tensor": grid, "layer": grid % num_layers}.get(granularity, 0 * grid)
   units = int(unit_TxM.max()) + 1
 
   def score(pair: jax.Array) -> jax.Array:
@@ -85,7 +87,7 @@ def loss_scores(
     return -loss(swapped)
 
   scores_SxU = jax.lax.map(score, jnp.arange(num_candidates * units)).reshape(num_candidates, units)
-  shape = {"tensor": (num_tensors, num_layers), "layer": (1, num_layers), "all": (1, 1)}[granularity]
+  shape = {"tensor": (num_tensors, num_layers), "layer": (1, num_layers)}.get(granularity, (1, 1))
   return jnp.moveaxis(scores_SxU.reshape(num_candidates, *shape), 0, 1)
 
 
@@ -130,6 +132,7 @@ def mix(query: PyTree, candidates: PyTree, weights_TxSxM: jax.Array) -> PyTree:
 
 def update_coefficients(
   gram_TxMxCxC: jax.Array, mask_SxM: jax.Array, granularity: str, *, strength: float, threshold: float, norm_cap: float,
+  means_S: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """What the updates of others add to a node's own (the second equation above), from their inner products alone.
 
@@ -138,6 +141,7 @@ def update_coefficients(
     mask_SxM: bool, which candidates are there; what the table holds of the others does not count.
     granularity: the unit of cosines and norms.
     strength, threshold, norm_cap: lambda, the least cosine, and the largest norm in norms of D_q.
+    means_S: float32, of how many updates a candidate is the mean; 0 for a single one, and None for all of them.
 
   Returns:
     The coefficients `[T, M, C]` of all updates in what is added to K_q (which already holds D_q), a sum of norm at
@@ -152,7 +156,12 @@ def update_coefficients(
   cosines = cosine(products, own_squared, _per_unit(squares_TxCxM[:, 1:], granularity))
   cosines = jnp.broadcast_to(cosines, (own_squared.shape[0], *mask_SxM.shape))
   counts = (own_squared > 0) & mask_SxM[None]
-  weights = jnp.where(counts, strength * jax.nn.relu(cosines - threshold), 0.0)
+  agreement = jax.nn.relu(cosines - threshold)
+  if means_S is not None:
+    share = products / jnp.where(own_squared > 0, own_squared, 1.0)
+    of_means = means_S[None, :, None] * jax.nn.relu(share - threshold)
+    agreement = jnp.where(means_S[None, :, None] > 0, of_means, agreement)
+  weights = jnp.where(counts, strength * agreement, 0.0)
   step_TxMxC = jnp.concatenate([jnp.ones_like(weights[:, :1]), weights], axis=1).swapaxes(1, 2)
   step_TxMxC = jnp.broadcast_to(step_TxMxC, gram_TxMxCxC.shape[:3])
   step_squared_TxM = jnp.einsum("tmc,tmcd,tmd->tm", step_TxMxC, gram_TxMxCxC, step_TxMxC, precision="highest")
@@ -161,6 +170,16 @@ def update_coefficients(
   scale = jnp.where((own_squared > 0) & (step_squared > 0), jnp.minimum(1.0, ratio), 1.0)
   own_C = jnp.arange(step_TxMxC.shape[2]) == 0
   return scale.swapaxes(1, 2) * step_TxMxC - own_C[None, None, :], weights, cosines
+
+
+def added_parts(config: KeyLayerConfig, payload: str) -> tuple[str, ...]:
+  """The parts of a node's model to which its parent adds what it has mixed for it.
+
+  None where the node can do that itself, from how far the model that it is handed has moved.
+  """
+  if config.values == "layers" or (config.candidates == "everybody" and payload == "float32"):
+    return ()
+  return ("key_layers", "backbone") if config.granularity == "model" else ("key_layers",)
 
 
 def cosine(product: jax.Array, a_squared: jax.Array, b_squared: jax.Array) -> jax.Array:
@@ -198,7 +217,7 @@ def _inner_self(candidates: PyTree, granularity: str) -> jax.Array:
 
 
 def _per_unit(values_TxSxM: jax.Array, granularity: str) -> jax.Array:
-  axes = {"tensor": (), "layer": (0,), "all": (0, 2)}[granularity]
+  axes = {"tensor": (), "layer": (0,)}.get(granularity, (0, 2))
   return jnp.sum(values_TxSxM, axis=axes, keepdims=True)
 
 

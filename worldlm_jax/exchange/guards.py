@@ -92,10 +92,7 @@ def _agreement(
   """The mean cosine of each node and its siblings, and that of the siblings among each other; both `[N]`."""
 
   def on_device(update, places_NxS, counts_N, there_NxS):
-    table_XxX = jnp.float32(0)
-    for leaf in jax.tree.leaves(update):
-      stack = leaf if leaf.ndim > 3 else leaf[:, None]
-      table_XxX += jnp.sum(rows.gram([rows.Source(stack, neighbours.fetch)]), axis=(0, 1))
+    table_XxX = rows.total(rows.gram([rows.Source(rows.layered(update), neighbours.fetch)]))
 
     def one(n, places_S, counts, there_S):
       index_G = jnp.append(n, places_S)

@@ -9,7 +9,7 @@ Rows of different origin (a level's own, its parents', the pool's) are `Source`s
 the tables: T tensors of a block, M layers. To be called within `links.on_devices`; what a source fetches may travel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +33,8 @@ class Instead(NamedTuple):
   takes: jax.Array  # bool [N]: who does
 
 
-def gram(sources: Sequence[Source]) -> jax.Array:
-  """The inner products of all rows: float32 `[T, M, X, X]`."""
+def gram(sources: Sequence[Source]) -> list[jax.Array]:
+  """The inner products of all rows: float32 `[M, X, X]` for each tensor."""
   stacks = list(zip(*(jax.tree.leaves(source.layers) for source in sources), strict=True))
 
   def one(stack: tuple[jax.Array, ...]) -> jax.Array:
@@ -50,11 +50,21 @@ def gram(sources: Sequence[Source]) -> jax.Array:
 
     return jax.lax.map(layer, jnp.arange(stack[0].shape[1]))
 
-  return jnp.stack([one(stack) for stack in stacks])
+  return [one(stack) for stack in stacks]
+
+
+def layered(tree: trees.PyTree) -> trees.PyTree:
+  """A model, or a part of one, with a layer axis in every leaf: `[rows, M, ...]`, M being 1 for what is no block."""
+  return jax.tree.map(lambda leaf: leaf if leaf.ndim > 3 else leaf[:, None], tree)
+
+
+def total(tables: Sequence[jax.Array]) -> jax.Array:
+  """The inner products over all layers of all tensors: `[X, X]` from what `gram` gives."""
+  return sum((jnp.sum(table, axis=0) for table in tables), jnp.float32(0))
 
 
 def combine(
-  base: trees.PyTree, coefficients_TxMxNxX: jax.Array, sources: Sequence[Source], counts_X: jax.Array,
+  base: trees.PyTree, coefficients_TxMxNxX: Iterable[jax.Array], sources: Sequence[Source], counts_X: jax.Array,
   instead: Instead | None = None,
 ) -> trees.PyTree:
   """`base_n + sum_x c_nx row_x` in every tensor and layer: leaves `[N, M, ...]`, in the place of `base`.

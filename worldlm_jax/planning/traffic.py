@@ -13,6 +13,7 @@ import numpy as np
 from worldlm_jax import schedule, state as state_lib
 from worldlm_jax.algorithms.rules import Algorithm
 from worldlm_jax.config import Config
+from worldlm_jax.exchange import attend
 from worldlm_jax.federation import Federation, Member
 from worldlm_jax.records import EdgeBytes
 
@@ -25,7 +26,7 @@ def by_round(
 ) -> list[Traffic]:
   """What crosses every edge in each round of the run, if everybody takes part.
 
-  When a node goes its own way depends on its text: it may be sent additions to its key layers as long as that is
+  When a node goes its own way depends on its text: it may be sent additions to its own model as long as that is
   possible, so that what is counted here is the most.
 
   Args:
@@ -73,6 +74,7 @@ class _Play:
   ):
     self._federation, self._algorithm, self._topologies, self._bytes = federation, algorithm, topologies, sizes
     self._over_updates = config.key_layers.values == "updates"
+    self._added = attend.added_parts(config.key_layers, config.payload)
     self._sends = [_places(level.residuals) for level in abstract]
     self._receives = config.key_layers.residuals_received if any(self._sends) else 0
     self._num_layers = next((r.present.shape[2] for own in abstract for r in (own.residuals, own.received) if r), 0)
@@ -113,7 +115,7 @@ class _Play:
       traffic[member.path][0] += self._model_down(member) + layers * self._bytes.residual_layer
 
   def _model_down(self, member: Member) -> int:
-    """What a node may be sent of its parent's model, as it is and as additions to its own key layers."""
+    """What a node may be sent of its parent's model, as it is and as additions to its own."""
     sizes, algorithm, settings = self._bytes, self._algorithm, member.settings
     rules = algorithm.governance
     may_backbone, may_layers = (
@@ -126,10 +128,13 @@ class _Play:
       c == math.inf for c in (settings.backbone_independence, settings.key_layer_independence)
     )
     layers_always = may_layers and not layers_never and (settings.key_layer_independence == 0 or not member.trains)
-    backbone = algorithm.trusts or not backbone_never
-    layers = algorithm.trusts or not self._over_updates or not layers_never
-    additions = self._over_updates and not layers_always
-    return sizes.backbone * (backbone and may_backbone) + sizes.key_layers * ((layers and may_layers) + additions)
+    backbone_always = may_backbone and not backbone_never and (settings.backbone_independence == 0 or not member.trains)
+    backbone = algorithm.hands_all or not backbone_never
+    layers = algorithm.hands_all or not self._over_updates or not layers_never
+    added_backbone = "backbone" in self._added and not backbone_always
+    added_layers = "key_layers" in self._added and not layers_always
+    return sizes.backbone * ((backbone and may_backbone) + added_backbone) + sizes.key_layers * (
+      (layers and may_layers) + added_layers)
 
   def _pool(self, index: int, step: schedule.Step, i: int) -> list[int]:
     """The rounds that made the residual layers which node i of a level may get."""

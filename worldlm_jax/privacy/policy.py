@@ -124,11 +124,11 @@ def _check_central(config: Config, member: Member, federation: Federation, atten
                  "'local' or 'none' at a federation that trains before its members",
                  "it hands its own update down to them; or set config.inner_text=beside")
   key_layers = config.key_layers
-  mixes = key_layers.values == "layers" or key_layers.update_strength > 0
+  mixes = key_layers.values == "layers" or (key_layers.update_strength > 0 and key_layers.candidates != "everybody")
   routes = key_layers.residuals_per_layer > 0 and key_layers.residuals_received > 0
   checks.require(not attends or not (mixes or routes), f"{where}: privacy", "central",
                  "means alone, since attention and residual layers hand on what is of single members",
-                 "use privacy=local, or config.key_layers.values=updates with config.key_layers.update_strength=0 and "
+                 "use privacy=local, or config.key_layers.values=updates, config.key_layers.candidates=everybody and "
                  "config.key_layers.residuals_per_layer=0")
   checks.require(config.payload == "float32", "config.payload", config.payload,
                  f"'float32' with privacy=central ({where})",

@@ -11,7 +11,7 @@ from worldlm_jax.reporting.page import Html
 LARGEST_MATRIX = 24  # nodes in a table of everybody with everybody
 MOST_FLOWS = 400  # lines of the table of all flows
 PARTS = {
-  "backbone": "backbone", "key_layers": "key layers", "addition": "addition to key layers",
+  "backbone": "backbone", "key_layers": "key layers", "addition": "addition to its own model",
   "residual_layer": "residual layers",
 }
 WAYS = {"up": "update", "down": "from above", "attention": "by attention"}
