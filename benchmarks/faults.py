@@ -1,7 +1,7 @@
 """What a run survives of its machine: kills at random moments, and hundreds of rounds in which members fail.
 
   python -m benchmarks.faults [--parts=kills,soak] [--kills=50] [--rounds=8] [--soak_rounds=500] [--soak_kills=3]
-                              [--seed=0] [--out=FILE]
+                              [--seed=0] [--config=FILE] [--out=FILE]
 
 `kills`: a small federation with as many features on as go together (`get_config`) trains as a command of its own:
 once to its end, then again and again, killed with SIGKILL after a random time, up to that of the unbroken run, from
@@ -16,7 +16,8 @@ sends updates that are too long. The first `--soak_kills` starts are killed; fro
 Its memory, open files and threads are sampled twice a second, and compared in the second and the last quarter of its
 rounds. Linux only.
 
-Ends with an error where something was lost or differs.
+With `--config` another file's `get_config(part)` says what trains. Ends with an error where something was lost or
+differs.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,11 +98,11 @@ class Sample(NamedTuple):
 class Run:
   """A run in a folder of its own, started as often as it takes."""
 
-  def __init__(self, part: str, rounds: int, workdir: Path):
-    self.rounds, self.workdir = rounds, workdir
+  def __init__(self, config: str, rounds: int, workdir: Path):
+    self.workdir = workdir
     self._log = workdir.with_suffix(".log")
-    self._command = [sys.executable, "-m", "worldlm_jax.main", f"--config={Path(__file__)}:{part}",
-                     f"--config.rounds={rounds}", f"--workdir={workdir}"]
+    self._command = [sys.executable, "-m", "worldlm_jax.main", f"--config={config}", f"--config.rounds={rounds}",
+                     f"--workdir={workdir}"]
 
   def start(self) -> subprocess.Popen:
     """A new process that begins, or resumes."""
@@ -140,6 +142,10 @@ class Run:
         return int(line.removeprefix(f"resuming {self.workdir} after ").split()[0])
     return 0 if any(line.startswith("writing to ") for line in lines) else None
 
+  def rounds_between_checkpoints(self) -> int:
+    """As its config has it."""
+    return json.loads((self.workdir / "config.json").read_text())["config"]["checkpoint"]["every_rounds"]
+
   def saved(self) -> int:
     """The number of rounds in the newest complete checkpoint."""
     found = checkpoint.stored(self.workdir / "checkpoints")
@@ -161,7 +167,8 @@ class Run:
   def outcome(self) -> dict[str, Any]:
     """All that has to be the same whatever happened on the way, by name."""
     stored = checkpoint.Stored(checkpoint.stored(self.workdir / "checkpoints")[0])
-    arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(stored.folder / "state")
+    with warnings.catch_warnings(action="ignore"):  # it asks for shardings, which are this computer's
+      arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(stored.folder / "state")
     summary = json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
     record = {name: value for name, value in stored.record.items() if name not in ("seconds", "record_checksum")}
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
@@ -195,14 +202,18 @@ def _last_round(path: Path) -> int:
 def kills(args: argparse.Namespace, folder: Path) -> measuring.Table:
   """Kills runs, and holds each that has come to its end against one that nothing disturbed."""
   draw, left, number = random.Random(args.seed), args.kills, 0
-  most_redone = 2 * get_config("kills").checkpoint.every_rounds  # one checkpoint may still be in the making
-  Run("kills", args.rounds, folder / "first").to_the_end()  # compiles
-  unbroken = Run("kills", args.rounds, folder / "unbroken")
+
+  def new(name: str) -> Run:
+    return Run(f"{args.config}:kills", args.rounds, folder / name)
+
+  new("first").to_the_end()  # compiles
+  unbroken = new("unbroken")
   seconds, expected = unbroken.to_the_end(), unbroken.outcome()
+  most_redone = 2 * unbroken.rounds_between_checkpoints()  # one checkpoint may still be in the making
   table = measuring.Table(f"Killed within {seconds:.0f} s of each start, as long as the unbroken run takes", KILLS)
   while left:
     number += 1
-    run, row = Run("kills", args.rounds, folder / f"run{number}"), dict.fromkeys(KILLS, 0)
+    run, row = new(f"run{number}"), dict[str, Any](dict.fromkeys(KILLS, 0))
     while True:
       saved, killed = run.saved(), False
       process = run.start()
@@ -231,7 +242,7 @@ def kills(args: argparse.Namespace, folder: Path) -> measuring.Table:
 
 def soak(args: argparse.Namespace, folder: Path) -> list[measuring.Table]:
   """Many short rounds, in which members fail; what their process holds in the course of them, and who failed."""
-  run, draw = Run("soak", args.soak_rounds, folder / "soak"), random.Random(args.seed)
+  run, draw = Run(f"{args.config}:soak", args.soak_rounds, folder / "soak"), random.Random(args.seed)
   for _ in range(args.soak_kills):
     run.kill_after(run.start(), draw.uniform(30, 90))
   process, samples = run.start(), list[Sample]()
@@ -289,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Table]:
   parser.add_argument("--soak_rounds", type=int, default=500)
   parser.add_argument("--soak_kills", type=int, default=3)
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
+  parser.add_argument("--config", default=__file__, help="a Python file with get_config(part)")
   args = measuring.parse(parser, argv, parts=PARTS)
   tables = []
   with tempfile.TemporaryDirectory() as folder:

@@ -179,7 +179,8 @@ def test_space_for_the_checkpoints_is_checked(tmp_path: Path, monkeypatch: pytes
       workdir.check_space(tmp_path, 2 * 10**9, config)
 
 
-def test_a_folder_is_held_by_one_process_until_it_is_killed(tmp_path: Path) -> None:
+def test_a_folder_is_held_by_one_process_until_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(time, "sleep", pytest.fail)  # it is said at once
   path = tmp_path / "runs" / "first"
   process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE)
   assert process.stdout is not None
@@ -241,6 +242,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch
   workdir.check_writable(tmp_path / "runs" / "first")
   file = tmp_path / "file"
   file.write_text("mine")
+  file.chmod(0o755)
   for path in (file, file / "first"):
     with pytest.raises(ValueError, match=rf"--workdir='{path}': expected a folder that can be written to; {file} is"):
       workdir.check_writable(path)
