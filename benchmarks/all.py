@@ -25,6 +25,7 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "growth": (),
     "data": ("speed",),
     "data_memory": ("memory", "--gigabytes=1"),
+    "faults": (),
   },
   "accelerator": {
     "rounds": ("--models=tiny,10m,75m", "--batch_size=32", "--sequence_length=512"),
@@ -41,6 +42,7 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "growth": ("--axes=depths", "--depths=2", "--leaves=2", "--model=nano", "--repeats=1", *SHORT),
     "utilisation": ("--model=nano", "--nodes=2", "--peak_tflops=1", "--repeats=1", *SHORT),
     "data": ("speed", "--megabytes=0.3", "--repeats=1"),
+    "faults": ("--kills=1", "--rounds=4", "--within=8", "--soak_rounds=9", "--soak_kills=0"),
   },
 }
 

@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import json
 import math
+import sys
 
 import jax
 import pytest
 
-from benchmarks import all as all_lib, growth, measuring, setups, utilisation
+from benchmarks import all as all_lib, faults, growth, measuring, setups, utilisation
 from worldlm_jax import model
 
 
@@ -108,6 +109,41 @@ def test_data_reads_every_format(tmp_path):
   assert len(reading["rows"]) > 5
   for row in reading["rows"] + tokenising["rows"]:
     assert_spread(row["ratio"])
+
+
+TINY = """
+from worldlm_jax import config as c
+
+def get_config(part):
+  leaves = [c.Node(name, c.Synthetic(name, train_bytes=2_000, eval_bytes=600)) for name in "ab"]
+  return c.Config(
+    algorithm="fedavg", federation=c.FederationConfig(root=c.Node("world", None, leaves)),
+    node=c.NodeSettings(local_steps=1, batch_size=2, loss_before=0.3),
+    model=c.ModelConfig(num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, d_ff=8, key_layer_share=0.0),
+    data=c.DataConfig(sequence_length=13), logging=c.LoggingConfig(tensorboard=False),
+    evaluation=c.EvaluationConfig(valid_windows=2, test_windows=2, matrix_windows=0),
+  )
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory and files of another process are read from /proc")
+def test_faults_lose_nothing(tmp_path):
+  (tmp_path / "tiny.py").write_text(TINY)
+  killed, held, failures = run("faults", tmp_path, f"--config={tmp_path / 'tiny.py'}")
+  assert sum(row["kills"] for row in killed["rows"]) == 1
+  assert all(row["most_redone"] <= 2 and row["equal"].startswith("all ") for row in killed["rows"])
+  assert [row["what"] for row in held["rows"]] == ["resident memory, MB", "open files", "threads"]
+  assert all(row["second"][0] > 0 and row["last"][0] > 0 for row in held["rows"])
+  assert {row["what"]: row["count"] for row in failures["rows"]}["lost_before_training"] > 0
+
+
+def test_growth_is_that_of_a_warm_process():
+  samples = [faults.Sample(index, 100.0 + 0.5 * index + 900 * (index < 10), 7 + (index > 40), 3) for index in range(42)]
+  memory, files, threads = faults._growth(samples).rows
+  assert memory["growth"] == pytest.approx(0.5 * 20.5, abs=0.5) and memory["slope"] == pytest.approx(500)
+  assert (files["second"], files["last"]) == (measuring.Spread(7, 7, 7), measuring.Spread(7, 7, 7))
+  assert threads["growth"] == 0
 
 
 def test_contenders_take_turns():
