@@ -23,6 +23,7 @@ differs.
 import argparse
 import collections
 import json
+import math
 import os
 import random
 import subprocess
@@ -56,33 +57,34 @@ def get_config(part: str) -> c.Config:
   def text(lineage: str) -> c.Synthetic:
     return c.Synthetic(lineage, train_bytes=20_000, eval_bytes=3_000)
 
-  law = c.Node("law", text("law"), [
-    c.Node("eu", text("law/eu"), settings={"step_seconds": 1.0, "step_seconds_spread": 0.5}),
-    c.Node("us", text("law/us"), settings={"share_residuals": "federation", "acceptance": "validated"}),
-    c.Node("uk", text("law/uk"), settings={"joins_round": 2}),
-  ], settings={"rounds_per_parent_round": 2, "member_count": 2, "deadline_seconds": 2.5, "member_weight_cap": 0.8})
-  med = c.Node("med", text("med"), [
-    c.Node("notes", text("med/notes"), settings={"share_backbone": "federation"}),
-    c.Node("trials", text("med/trials")),
-  ], settings={"loss_before": 0.2, "loss_after": 0.2, "quorum": 0.5})
-  code = c.Node("code", text("code"))
   config = c.Config(
-    rounds=8, payload="int8", federation=c.FederationConfig(root=c.Node("world", None, [law, med, code])),
-    node=c.NodeSettings(local_steps=2, batch_size=4, warmup_steps=4, learning_rate=6e-3),
+    payload="int8", node=c.NodeSettings(local_steps=2, batch_size=4, warmup_steps=4, learning_rate=6e-3),
     model=c.ModelConfig(num_layers=3, d_model=24, num_heads=4, num_kv_heads=2, d_ff=48, key_layer_share=0.6),
     data=c.DataConfig(sequence_length=32), guards=c.GuardConfig(norm_ratio=3.0, opposition=0.5, failing="leave_out"),
     evaluation=c.EvaluationConfig(valid_windows=4, test_windows=8, matrix_windows=4, personalised="best"),
     checkpoint=c.CheckpointConfig(every_rounds=2), logging=c.LoggingConfig(tensorboard=False),
   )
-  if part == "kills":
-    code.settings = {"privacy": "local", "privacy_clip": 4.0, "privacy_noise": 1.0}
-    config.federation.moves = [c.Move("law/eu", "med", 4)]
-  else:
-    law.settings |= {"rounds_per_parent_round": 1, "deadline_seconds": 1.2}
-    code.settings = {"learning_rate": 1e30, "clip_norm": float("inf"), "warmup_steps": 0}
-    med.children[1].settings = {"learning_rate": 0.1}
-    config.node.local_steps, config.node.batch_size = 1, 2
+  late = {"step_seconds": 1.0, "step_seconds_spread": 0.5}
+  lost = {"loss_before": 0.2, "loss_after": 0.2}
+  if part == "soak":
+    config.federation.root = c.Node("world", None, [
+      c.Node("late", text("late"), settings=late), c.Node("lost", text("lost"), settings=lost),
+      c.Node("failing", text("failing"), settings={"learning_rate": 1e30, "clip_norm": math.inf, "warmup_steps": 0}),
+      c.Node("long", text("long"), settings={"learning_rate": 0.1}), c.Node("honest", text("honest")),
+    ], settings={"deadline_seconds": 1.2})
+    config.node.local_steps = 1
     config.evaluation = c.EvaluationConfig(valid_windows=2, test_windows=2, matrix_windows=0)
+    return config
+  law = c.Node("law", text("law"), [
+    c.Node("eu", text("law/eu"), settings=late), c.Node("uk", text("law/uk"), settings={"joins_round": 2}),
+    c.Node("us", text("law/us"), settings={"share_residuals": "federation", "acceptance": "validated"}),
+  ], settings={"rounds_per_parent_round": 2, "member_count": 2, "deadline_seconds": 2.5, "member_weight_cap": 0.8})
+  med = c.Node("med", text("med"), [
+    c.Node("notes", text("med/notes"), settings={"share_backbone": "federation"}), c.Node("trials", text("med/trials")),
+  ], settings=lost | {"quorum": 0.5})
+  code = c.Node("code", text("code"), settings={"privacy": "local", "privacy_clip": 4.0, "privacy_noise": 1.0})
+  config.federation.root = c.Node("world", None, [law, med, code])
+  config.federation.moves = [c.Move("law/eu", "med", 4)]
   return config
 
 
