@@ -182,18 +182,17 @@ def test_space_for_the_checkpoints_is_checked(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_is_held_by_one_process_until_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(time, "sleep", pytest.fail)  # it is said at once
   path = tmp_path / "runs" / "first"
-  process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE)
-  assert process.stdout is not None
-  with process.stdout:
-    assert process.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError) as caught, workdir.held(path):
-      pass
-    assert str(caught.value) == (
-      f"--workdir={str(path)!r}: expected a folder that no other process works in (process {process.pid} on "
-      f"{platform.node()} does); wait until it has ended, or choose another folder"
-    )
-    process.kill()
-    process.wait()
+  with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True) as process:
+    try:
+      assert process.stdout is not None and process.stdout.readline() == "held\n"
+      with pytest.raises(ValueError) as caught, workdir.held(path):
+        pass
+    finally:
+      process.kill()
+  assert str(caught.value) == (
+    f"--workdir={str(path)!r}: expected a folder that no other process works in (process {process.pid} on "
+    f"{platform.node()} does); wait until it has ended, or choose another folder"
+  )
   for _ in range(2):
     with workdir.held(path):
       assert (path / "lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"
