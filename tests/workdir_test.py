@@ -180,13 +180,14 @@ def test_space_for_the_checkpoints_is_checked(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_folder_is_held_by_one_process_until_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(time, "sleep", pytest.fail)  # it is said at once
   path = tmp_path / "runs" / "first"
   with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True) as process:
     try:
       assert process.stdout is not None and process.stdout.readline() == "held\n"
-      with pytest.raises(ValueError) as caught, workdir.held(path):
-        pass
+      with monkeypatch.context() as patch, pytest.raises(ValueError) as caught:
+        patch.setattr(time, "sleep", lambda _: pytest.fail("it is to be said at once"))
+        with workdir.held(path):
+          pass
     finally:
       process.kill()
   assert str(caught.value) == (
