@@ -6,13 +6,14 @@ import importlib
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 
 import jax
 import pytest
 
 from benchmarks import all as all_lib, faults, growth, measuring, setups, utilisation
-from worldlm_jax import model
+from worldlm_jax import metrics, model
 
 
 def run(name, tmp_path, *flags):
@@ -127,15 +128,34 @@ def get_config(part):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory and files of another process are read from /proc")
-def test_faults_lose_nothing(tmp_path):
+def test_what_was_killed_loses_nothing(tmp_path):
   (tmp_path / "tiny.py").write_text(TINY)
-  killed, held, failures = run("faults", tmp_path, f"--config={tmp_path / 'tiny.py'}")
-  assert sum(row["kills"] for row in killed["rows"]) == 1
-  assert all(row["most_redone"] <= 2 and row["equal"].startswith("all ") for row in killed["rows"])
-  assert [row["what"] for row in held["rows"]] == ["resident memory, MB", "open files", "threads"]
-  assert all(row["second"][0] > 0 and row["last"][0] > 0 for row in held["rows"])
-  assert {row["what"]: row["count"] for row in failures["rows"]}["lost_before_training"] > 0
+  [table] = run("faults", tmp_path, f"--config={tmp_path / 'tiny.py'}")
+  assert sum(row["kills"] for row in table["rows"]) == 1
+  assert all(row["most_redone"] <= 2 and row["equal"].startswith("all ") for row in table["rows"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other processes are looked at in /proc")
+def test_a_process_is_sampled_until_it_ends(tmp_path):
+  tried = faults.Run("unread", 1, tmp_path / "run")
+  process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+  assert tried.sample(process).round == -1
+  (tmp_path / "run").mkdir()
+  rows = [{"round": index, "node": path} for index in range(700) for path in "ab"]
+  metrics.append_jsonl(tmp_path / "run" / "metrics.jsonl", rows)
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    file.write('{"round": 700')  # the row is not complete
+  sample = tried.sample(process)
+  assert (sample.round, sample.threads) == (699, 1) and sample.memory_mb > 0 and sample.files >= 3
+  process.communicate(b"\n")
+  assert tried.sample(process) is None
+
+
+def test_failures_are_counted():
+  rows = [{"turnout": {"late": 1, "not_asked": 2}}, {"turnout": {"late": 1}, "rejected": ["too_large"]}, {"failed": ""}]
+  assert {row["what"]: row["count"] for row in faults._failures(rows).rows} == {
+    "late": 2, "not_asked": 2, "rejected: too_large": 1, "training failed": 1
+  }
 
 
 def test_growth_is_that_of_a_warm_process():
