@@ -42,7 +42,6 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "growth": ("--axes=depths", "--depths=2", "--leaves=2", "--model=nano", "--repeats=1", *SHORT),
     "utilisation": ("--model=nano", "--nodes=2", "--peak_tflops=1", "--repeats=1", *SHORT),
     "data": ("speed", "--megabytes=0.3", "--repeats=1"),
-    "faults": ("--parts=kills", "--kills=1", "--rounds=20"),
   },
 }
 

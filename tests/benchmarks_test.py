@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -123,16 +124,25 @@ def get_config(part):
     model=c.ModelConfig(num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, d_ff=8, key_layer_share=0.0),
     data=c.DataConfig(sequence_length=13), logging=c.LoggingConfig(tensorboard=False),
     evaluation=c.EvaluationConfig(valid_windows=2, test_windows=2, matrix_windows=0),
+    checkpoint=c.CheckpointConfig(every_rounds=3),
   )
 """
 
 
 @pytest.mark.slow
-def test_what_was_killed_loses_nothing(tmp_path):
+def test_what_was_killed_after_some_more_rounds_loses_nothing(tmp_path):
   (tmp_path / "tiny.py").write_text(TINY)
-  [table] = run("faults", tmp_path, f"--config={tmp_path / 'tiny.py'}")
-  assert sum(row["kills"] for row in table["rows"]) == 1
-  assert all(row["most_redone"] <= 2 and row["equal"].startswith("all ") for row in table["rows"])
+  config = f"{tmp_path / 'tiny.py'}:kills"
+  unbroken, killed = (faults.Run(config, 9, tmp_path / name) for name in ("unbroken", "killed"))
+  unbroken.to_the_end()
+  process = killed.start()
+  while process.poll() is None and not 0 < killed.saved() < killed.recorded():
+    time.sleep(0.01)
+  assert killed.kill_after(process, 0)
+  saved = killed.saved()
+  killed.to_the_end()
+  assert killed.went_on_after() == saved > 0
+  assert killed.outcome() == unbroken.outcome()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other processes are looked at in /proc")
