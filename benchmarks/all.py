@@ -25,6 +25,7 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "growth": (),
     "data": ("speed",),
     "data_memory": ("memory", "--gigabytes=1"),
+    "faults": (),
   },
   "accelerator": {
     "rounds": ("--models=tiny,10m,75m", "--batch_size=32", "--sequence_length=512"),

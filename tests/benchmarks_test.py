@@ -6,12 +6,15 @@ import importlib
 import importlib.util
 import json
 import math
+import subprocess
+import sys
+import time
 
 import jax
 import pytest
 
-from benchmarks import all as all_lib, growth, measuring, setups, utilisation
-from worldlm_jax import model
+from benchmarks import all as all_lib, faults, growth, measuring, setups, utilisation
+from worldlm_jax import metrics, model
 
 
 def run(name, tmp_path, *flags):
@@ -108,6 +111,69 @@ def test_data_reads_every_format(tmp_path):
   assert len(reading["rows"]) > 5
   for row in reading["rows"] + tokenising["rows"]:
     assert_spread(row["ratio"])
+
+
+TINY = """
+from worldlm_jax import config as c
+
+def get_config(part):
+  leaves = [c.Node(name, c.Synthetic(name, train_bytes=2_000, eval_bytes=600)) for name in "ab"]
+  return c.Config(
+    algorithm="fedavg", federation=c.FederationConfig(root=c.Node("world", None, leaves)),
+    node=c.NodeSettings(local_steps=1, batch_size=2, loss_before=0.3),
+    model=c.ModelConfig(num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, d_ff=8, key_layer_share=0.0),
+    data=c.DataConfig(sequence_length=13), logging=c.LoggingConfig(tensorboard=False),
+    evaluation=c.EvaluationConfig(valid_windows=2, test_windows=2, matrix_windows=0),
+    checkpoint=c.CheckpointConfig(every_rounds=3),
+  )
+"""
+
+
+@pytest.mark.slow
+def test_what_was_killed_after_some_more_rounds_loses_nothing(tmp_path):
+  (tmp_path / "tiny.py").write_text(TINY)
+  config = f"{tmp_path / 'tiny.py'}:kills"
+  unbroken, killed = (faults.Run(config, 9, tmp_path / name) for name in ("unbroken", "killed"))
+  unbroken.to_the_end()
+  process = killed.start()
+  while process.poll() is None and not 0 < killed.saved() < killed.recorded():
+    time.sleep(0.01)
+  assert killed.kill_after(process, 0)
+  saved = killed.saved()
+  killed.to_the_end()
+  assert killed.went_on_after() == saved > 0
+  assert killed.outcome() == unbroken.outcome()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other processes are looked at in /proc")
+def test_a_process_is_sampled_until_it_ends(tmp_path):
+  tried = faults.Run("unread", 1, tmp_path / "run")
+  process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+  assert tried.sample(process).round == -1
+  (tmp_path / "run").mkdir()
+  rows = [{"round": index, "node": path} for index in range(700) for path in "ab"]
+  metrics.append_jsonl(tmp_path / "run" / "metrics.jsonl", rows)
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    file.write('{"round": 700')  # the row is not complete
+  sample = tried.sample(process)
+  assert (sample.round, sample.threads) == (699, 1) and sample.memory_mb > 0 and sample.files >= 3
+  process.communicate(b"\n")
+  assert tried.sample(process) is None
+
+
+def test_failures_are_counted():
+  rows = [{"turnout": {"late": 1, "not_asked": 2}}, {"turnout": {"late": 1}, "rejected": ["too_large"]}, {"failed": ""}]
+  assert {row["what"]: row["count"] for row in faults._failures(rows).rows} == {
+    "late": 2, "not_asked": 2, "rejected: too_large": 1, "training failed": 1
+  }
+
+
+def test_growth_is_that_of_a_warm_process():
+  samples = [faults.Sample(index, 100.0 + 0.5 * index + 900 * (index < 10), 7 + (index > 40), 3) for index in range(42)]
+  memory, files, threads = faults._growth(samples).rows
+  assert memory["growth"] == pytest.approx(0.5 * 20.5, abs=0.5) and memory["slope"] == pytest.approx(500)
+  assert (files["second"], files["last"]) == (measuring.Spread(7, 7, 7), measuring.Spread(7, 7, 7))
+  assert threads["growth"] == 0
 
 
 def test_contenders_take_turns():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from worldlm_jax import progress
+from worldlm_jax import progress, workdir
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = (
@@ -84,7 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path,
 def test_a_run_writes_its_files_and_a_closing_table(finished: tuple[list[str], Path, str]) -> None:
   _, workdir, output = finished
   assert {file.name for file in workdir.iterdir()} == {
-    "checkpoints", "config.json", "metrics.jsonl", "receipts.jsonl", "summary.json", "tensorboard"
+    "checkpoints", "config.json", "lock", "metrics.jsonl", "receipts.jsonl", "summary.json", "tensorboard"
   }
   assert len(list((workdir / "checkpoints").iterdir())) == 2
   for expected in ("3 nodes in 2 levels (1, 2), 2 with text", "round 2/2", "test split", f"see {workdir}"):
@@ -232,6 +232,15 @@ def test_text_that_is_too_short_is_named(tmp_path: Path) -> None:
     "config.data.sequence_length, or use more text"
   )
   assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_in_one_work_directory(tmp_path: Path) -> None:
+  world, path = _texts(tmp_path / "world", "law", "medicine"), tmp_path / "run"
+  arguments = ["--config=configs/folder.py", f"--config.federation.folder={world}", f"--workdir={path}", *TINY]
+  with workdir.held(path):
+    message = _refused(2, *arguments)
+  assert message.startswith(f"error: --workdir={str(path)!r}: expected a folder that no other process works in ")
+  assert [file.name for file in path.iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

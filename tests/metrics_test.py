@@ -51,6 +51,14 @@ def test_json_on_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: py
   assert json.loads(path.read_text()) == {"round": 1}
 
 
+def test_jsonl_is_on_the_disk_before_anything_is_built_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  path, seen = tmp_path / "metrics.jsonl", list[list[dict[str, Any]]]()
+  monkeypatch.setattr(os, "fsync", lambda _: seen.append(metrics.read_jsonl(path)))
+  for rows in (ROWS[:1], ROWS[1:]):
+    metrics.append_jsonl(path, rows)
+  assert seen == [ROWS[:1], ROWS]
+
+
 def test_jsonl_on_a_full_disk_says_what_to_do() -> None:
   with pytest.raises(OSError, match=r"no space left while writing /dev/full: the newest complete checkpoint is kept; "
                                     r"free some space .*keep_last.* and run the same command again to resume"):

@@ -1,6 +1,7 @@
 """Law 10 and what a run survives: kills, signals, damaged checkpoints, a full disk."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -324,6 +326,40 @@ def test_a_full_disk_is_said_and_loses_nothing(texts, finished, tmp_path, monkey
     with pytest.raises(OSError, match=r"no space left while writing .*newest complete checkpoint is kept; free some"):
       train.run(tiny_run(texts), workdir)
   assert train.run(tiny_run(texts), workdir)["nodes"] == json.loads((finished / "summary.json").read_text())["nodes"]
+
+
+def test_a_work_directory_that_cannot_be_written_to_is_said_before_texts_are_read(texts, tmp_path, monkeypatch):
+  monkeypatch.setattr(train.texts_lib, "load", pytest.fail)
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(ValueError, match=r"--workdir=.*expected a folder that can be written to; .*file is none"):
+    train.run(tiny_run(texts), tmp_path / "file" / "run")
+
+
+def slowly(call):
+  """The same, after a while."""
+  def called(*arguments, **named):
+    time.sleep(0.1)
+    return call(*arguments, **named)
+
+  return called
+
+
+def test_on_a_slow_file_system_with_a_restless_clock_all_is_the_same(texts, finished, tmp_path, monkeypatch):
+  """The clock is put forward or back by a day whenever somebody looks at it."""
+  workdir, now, days = tmp_path / "run", time.time(), itertools.cycle((0, 1, -1, 2))
+  monkeypatch.setattr(time, "time", lambda: now + 86_400 * next(days))
+  for name in ("open", "fsync", "mkdir", "rename", "replace"):
+    monkeypatch.setattr(os, name, slowly(getattr(os, name)))
+  for name in ("append_jsonl", "write_json"):
+    monkeypatch.setattr(metrics, name, slowly(getattr(metrics, name)))
+  summary = train.run(tiny_run(texts), workdir)
+  for name in ("metrics.jsonl", "receipts.jsonl"):
+    assert (workdir / name).read_text() == (finished / name).read_text()
+  expected = json.loads((finished / "summary.json").read_text())
+  assert summary["nodes"] == expected["nodes"]
+  assert all(0 <= seconds < 600 for seconds in summary["seconds"].values())
+  kept = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (workdir, finished)]
+  assert kept[0] == kept[1]
 
 
 def test_a_bad_model_received_stops_the_run_for_good(texts, tmp_path, monkeypatch):

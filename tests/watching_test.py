@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,16 @@ def test_a_round_that_is_run_again_is_shown_once(tmp_path: Path) -> None:
   assert len(list((tmp_path / "tensorboard").iterdir())) == 3
   for watchers in killed:
     watchers.close()
+
+
+def test_a_clock_that_is_put_back_changes_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  for start, day in enumerate((2, 3, 1)):
+    monkeypatch.setattr(time, "time", lambda day=day: 1.7e9 + 86_400 * day)
+    watchers = _watchers(tmp_path, start)
+    for index in (start, start + 1):
+      watchers.round(index, ROWS, {"training": 2.0})
+    watchers.close()
+  assert [step for step, _ in _points(tmp_path / "tensorboard")["loss_nats/law"]] == [0, 1, 2, 3]
 
 
 def test_what_is_not_finite_can_be_shown(tmp_path: Path) -> None:

@@ -1,7 +1,13 @@
 """Whose a work directory is: resumed by the same run, refused to any other, and never robbed of foreign files."""
 
+import fcntl
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -9,6 +15,14 @@ from typing import Any
 import pytest
 
 from worldlm_jax import config as c, federation, workdir
+
+HOLDER = """
+import pathlib, sys, time
+from worldlm_jax import workdir
+with workdir.held(pathlib.Path(sys.argv[1])):
+  print("held", flush=True)
+  time.sleep(600)
+"""
 
 
 def _describe(folder: str = "texts", digest: str = "1234", rounds: int = 3, **settings: Any) -> dict[str, Any]:
@@ -163,3 +177,76 @@ def test_space_for_the_checkpoints_is_checked(tmp_path: Path, monkeypatch: pytes
     free -= 1
     with pytest.raises(ValueError, match="GB are free: make room"):
       workdir.check_space(tmp_path, 2 * 10**9, config)
+
+
+def test_a_folder_is_held_by_one_process_until_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  path = tmp_path / "runs" / "first"
+  with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True) as process:
+    try:
+      assert process.stdout is not None and process.stdout.readline() == "held\n"
+      with monkeypatch.context() as patch, pytest.raises(ValueError) as caught:
+        patch.setattr(time, "sleep", lambda _: pytest.fail("it is to be said at once"))
+        with workdir.held(path):
+          pass
+    finally:
+      process.kill()
+  assert str(caught.value) == (
+    f"--workdir={str(path)!r}: expected a folder that no other process works in (process {process.pid} on "
+    f"{platform.node()} does); wait until it has ended, or choose another folder"
+  )
+  for _ in range(2):
+    with workdir.held(path):
+      assert (path / "lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"
+      workdir.claim(path, _describe(), overwrite=True)  # leaves it held
+      with pytest.raises(ValueError, match="no other process works in"), workdir.held(path):
+        pass
+
+
+def test_a_process_on_another_machine_may_take_a_while_to_be_gone(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  waited: list[float] = []
+  monkeypatch.setattr(time, "sleep", waited.append)
+  monkeypatch.setattr(time, "monotonic", lambda: sum(waited))
+  with (tmp_path / "lock").open("w") as file:
+    file.write("process 7 on elsewhere\n")
+    file.flush()
+    fcntl.flock(file, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match=r"\(process 7 on elsewhere does\)"), workdir.held(tmp_path):
+      pass
+    assert sum(waited) == workdir.SECONDS_TO_LET_GO
+    monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(file, fcntl.LOCK_UN))
+    waited.clear()
+    with workdir.held(tmp_path):
+      assert "elsewhere" not in (tmp_path / "lock").read_text()
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  def none(*_: Any) -> None:
+    raise OSError(95, "Operation not supported")
+
+  monkeypatch.setattr(fcntl, "flock", none)
+  with workdir.held(tmp_path), workdir.held(tmp_path):
+    pass
+
+
+def test_a_foreign_folder_is_not_held(tmp_path: Path) -> None:
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(ValueError, match="expected a new or empty folder"), workdir.held(tmp_path):
+    pass
+  assert _content(tmp_path) == {"thesis.tex": "years of work"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  workdir.check_writable(tmp_path)
+  workdir.check_writable(tmp_path / "runs" / "first")
+  file = tmp_path / "file"
+  file.write_text("mine")
+  file.chmod(0o755)
+  for path in (file, file / "first"):
+    with pytest.raises(ValueError, match=rf"--workdir='{path}': expected a folder that can be written to; {file} is"):
+      workdir.check_writable(path)
+  monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)  # as on a read-only file system
+  with pytest.raises(ValueError, match=rf"expected a folder that can be written to; {tmp_path} is none; choose"):
+    workdir.check_writable(tmp_path / "runs" / "first")
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]

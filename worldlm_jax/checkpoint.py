@@ -29,6 +29,7 @@ from worldlm_jax.federation import Federation
 from worldlm_jax.state import State
 
 SIZES = "sizes.json"
+A_CENTURY = 100 * 365 * 86_400  # in seconds
 
 
 class Restored(NamedTuple):
@@ -52,9 +53,11 @@ class Checkpoints:
       keep_checkpoints_without_metrics=False,
     )
     policy = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(config.keep_last), best])
-    self._manager = ocp.CheckpointManager(
-      folder.absolute(), options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-    )
+    # Whatever Orbax waits for with a limit, it holds against a clock that may be put forward.
+    patient = ocp.AsyncOptions(timeout_secs=A_CENTURY, create_directories_asynchronously=False)
+    self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
+      preservation_policy=policy, cleanup_tmp_directories=True, async_options=patient
+    ))
 
   def has(self, number: int) -> bool:
     """Whether there is a checkpoint of this number."""

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from worldlm_jax import checks
 
@@ -29,9 +29,9 @@ def check_writable(name: str, path: Path) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-  """Appends one line per row."""
+  """Appends one line per row, and returns once they would survive a power cut."""
   with _no_space_explained(path), path.open("a", encoding="utf-8") as file:
-    file.write("".join(json.dumps(_finite(row)) + "\n" for row in rows))
+    _write(file, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -82,10 +82,15 @@ def _replace(path: Path, text: str) -> None:
   temporary = path.with_name(path.name + ".new")
   with _no_space_explained(path):
     with temporary.open("w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
+      _write(file, text)
     temporary.replace(path)
+
+
+def _write(file: TextIO, text: str) -> None:
+  """Returns once it would survive a power cut."""
+  file.write(text)
+  file.flush()
+  os.fsync(file.fileno())
 
 
 def _finite(value: Any) -> Any:

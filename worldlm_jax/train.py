@@ -1,5 +1,6 @@
 """The main job: `run` trains a federation from a config, in a work directory that it can resume from."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -58,20 +59,24 @@ def run(config: config_lib.Config, workdir: str | Path, *, overwrite: bool = Fal
     The content of summary.json.
 
   Raises:
-    checks.InputError: bad input (a ValueError), found before anything is compiled.
+    checks.InputError: bad input (a ValueError), found before anything is compiled; also a work directory that another
+      process works in.
     FloatingPointError: a loss was not finite. That node's training ended before the bad step by itself; the others
       went on for the few phases until it was noticed, and the state then is saved, to be looked at.
     Interrupted: SIGTERM or SIGINT came; everything is saved.
     OSError: the disk is full; the newest complete checkpoint is kept.
   """
-  return _Run(config, Path(workdir), overwrite, reporter or progress.Silent()).to_the_end()
+  with contextlib.ExitStack() as held:
+    return _Run(config, Path(workdir), overwrite, reporter or progress.Silent(), held).to_the_end()
 
 
 class _Run:
-  def __init__(self, config: config_lib.Config, workdir: Path, overwrite: bool, reporter: progress.Reporter):
+  def __init__(self, config: config_lib.Config, workdir: Path, overwrite: bool, reporter: progress.Reporter,
+               held: contextlib.ExitStack):
     self.config = config = algorithms.adapted(config)
     self.workdir, self.reporter = workdir, reporter if distributed.is_lead() else progress.Silent()
     with distributed.agreed():
+      workdir_lib.check_writable(workdir)
       self.federation = algorithms.arranged(config, federation_lib.resolve(config))
       watching.check(config.logging)
       tokenizer = tokenizer_lib.load(config.data.tokenizer)
@@ -91,7 +96,7 @@ class _Run:
       config, self.federation, self.arch, self.mesh, algorithm, self.texts.train_tokens, validation, initial=initial
     )
     abstract = self.engine.abstract_state()
-    self._claim(overwrite, trees.num_bytes(abstract))
+    self._claim(overwrite, trees.num_bytes(abstract), held)
     rounds = schedule.whole_run(config, self.federation)
     places = max(map(len, rounds))
     checks.require(places < PLACES_PER_ROUND, "rounds_per_parent_round", places, f"fewer than {PLACES_PER_ROUND} "
@@ -263,12 +268,13 @@ class _Run:
       metrics.write_json(self.workdir / "stopped.json", {"reason": reason})
     raise FloatingPointError(reason)
 
-  def _claim(self, overwrite: bool, state_bytes: int) -> None:
-    """Makes the work directory this run's own; the lead does it for all."""
+  def _claim(self, overwrite: bool, state_bytes: int, held: contextlib.ExitStack) -> None:
+    """Makes the work directory this run's own, as long as `held` is open; the lead does it for all."""
     with distributed.agreed():
       changed: list[str] = []
       if distributed.is_lead():
         workdir_lib.check_space(self.workdir, state_bytes, self.config.checkpoint)
+        held.enter_context(workdir_lib.held(self.workdir))
         description = workdir_lib.describe(self.config, self.federation, self.texts.digests)
         changed = workdir_lib.claim(self.workdir, description, overwrite=overwrite)
         workdir_lib.keep_tokenizer(self.workdir, self.config.data.tokenizer)

@@ -6,7 +6,6 @@ said once and costs the run nothing but the watcher.
 
 import functools
 import importlib.util
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -112,8 +111,8 @@ class TensorBoard:
 
   def __init__(self, folder: Path, first_round: int):
     folder.mkdir(exist_ok=True)
-    # Names begin with the second; TensorBoard reads them in order, and two starts may share a second.
-    self._events = EventsWriter(str(folder / "events"), f".{first_round:06}.{os.getpid()}")
+    # TensorBoard reads files in the order of their names, into which the writer puts the time; but clocks are put back.
+    self._events = EventsWriter(str(folder / f"start{len(list(folder.iterdir())):06}"))
     start = SessionLog(status=SessionLog.START)
     self._events.write_event(Event(wall_time=time.time(), step=first_round, session_log=start))
     self._events.flush()

@@ -1,14 +1,19 @@
-"""The folder of a run: what it is a run of, and whether it may be continued."""
+"""The folder of a run: who has it, what it is a run of, and whether it may be continued."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -17,6 +22,8 @@ from worldlm_jax.data import tokenizer
 from worldlm_jax.federation import Federation
 
 TOKENIZER = "tokenizer.json"  # in the folder: a copy of the run's tokenizer, where it came from a file
+LOCK = "lock"  # in the folder: says who has it, or had it last; a lock of the file system's says whether somebody does
+SECONDS_TO_LET_GO = 120.0  # that a network file system may take to notice that a process on another machine is gone
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy")
 
 
@@ -49,6 +56,39 @@ def environment() -> dict[str, Any]:
   }
 
 
+def check_writable(workdir: Path) -> None:
+  """Raises `ValueError` unless the folder, or the one that it would be made in, can be written to. Changes nothing."""
+  there = next(folder for folder in (workdir, *workdir.absolute().parents) if os.path.exists(folder))
+  checks.require(there.is_dir() and os.access(there, os.W_OK | os.X_OK), "--workdir", str(workdir),
+                 "a folder that can be written to", f"{there} is none; choose another")
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+  """Makes the folder, and keeps other processes out of it; whoever dies lets go of it.
+
+  Where the file system has no locks, nobody is kept out.
+
+  Raises:
+    ValueError: another process has it, or it holds something else than a run.
+  """
+  _make(workdir)
+  with (workdir / LOCK).open("a+", encoding="utf-8") as file:
+    begun = time.monotonic()
+    while not _lock(file):
+      file.seek(0)
+      holder = file.read().strip() or "another process"
+      here = holder.endswith(f" on {platform.node()}")
+      checks.require(not here and time.monotonic() - begun < SECONDS_TO_LET_GO, "--workdir", str(workdir),
+                     f"a folder that no other process works in ({holder} does)",
+                     "wait until it has ended, or choose another folder")
+      time.sleep(1.0)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    yield
+
+
 def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> list[str]:
   """Makes the folder this run's own, or finds that it already is.
 
@@ -58,9 +98,9 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
   Raises:
     ValueError: it holds something else, or a run that differs; names the fields.
   """
+  _make(workdir)
   record = workdir / "config.json"
   there = _read_record(record)
-  checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
   if there and overwrite:
     for name in ("checkpoints", "damaged", "tensorboard", "report"):
       shutil.rmtree(workdir / name, ignore_errors=True)
@@ -73,15 +113,6 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
                    f"it differs in: {'; '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}. "
                    "Choose another folder, or start afresh with --overwrite")
     return _changed_versions(there)
-  elif workdir.exists():
-    foreign = [path.name for path in workdir.iterdir() if path.name != "config.json.new"]
-    checks.require(not foreign, "--workdir", str(workdir),
-                   "a new or empty folder, or one that holds a run (it has files, but no config.json of a run)",
-                   "choose another folder; --overwrite does not delete what is not a run's")
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    checks.fail("--workdir", str(workdir), "a folder that can be made", f"{error.strerror}; choose another")
   metrics.write_json(record, description | environment())
   return []
 
@@ -107,6 +138,29 @@ def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointCo
     f"{free / 1e9:.2f} GB are free: make room, choose another folder, or set config.checkpoint.keep_last or keep_best "
     "lower",
   )
+
+
+def _make(workdir: Path) -> None:
+  """Makes the folder. Raises `ValueError` if it holds something else than a run, or the beginnings of one."""
+  checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
+  begun = (LOCK, "config.json.new")
+  foreign = workdir.exists() and any(path.name not in begun for path in workdir.iterdir())
+  checks.require(not foreign or _read_record(workdir / "config.json") is not None, "--workdir", str(workdir),
+                 "a new or empty folder, or one that holds a run (it has files, but no config.json of a run)",
+                 "choose another folder; --overwrite does not delete what is not a run's")
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    checks.fail("--workdir", str(workdir), "a folder that can be made", f"{error.strerror}; choose another")
+
+
+def _lock(file: TextIO) -> bool:
+  """Whether the file is ours now, until it is closed, or the file system cannot say."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    return error.errno not in (errno.EAGAIN, errno.EACCES)
+  return True
 
 
 def _changed_versions(there: dict[str, Any]) -> list[str]:
