@@ -1,8 +1,7 @@
 """The algorithm one node at a time: slow, obvious, and what the vectorised engine must agree with.
 
-`fit` is the recursion of a round as one would write it on paper. Nothing here is stacked, padded,
-masked or jitted (but for the gradient), and all sums over parameters run in NumPy's float64. Read it
-to understand the algorithm; the tests hold `worldlm_jax.engine` against it on random trees.
+`fit` is the recursion of a round as one would write it on paper. Nothing here is stacked, padded, masked or jitted (but
+for the gradient), and all sums over parameters run in NumPy's float64. The tests hold `worldlm_jax.engine` against it.
 """
 
 import copy
