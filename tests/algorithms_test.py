@@ -10,6 +10,8 @@ import pytest
 
 from worldlm_jax import algorithms, config as config_lib, federation as federation_lib, train
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 
 def leaves_only(rounds, **settings):
   """Two federations without text of their own; unequal texts, steps and batches."""

@@ -42,6 +42,7 @@ from worldlm_jax import (
   oracle as oracle_lib,
   partition,
   schedule,
+  train,
   workdir as workdir_lib,
 )
 
@@ -255,16 +256,28 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def share_programs() -> Iterator[None]:
-  """Engines of the same config share what they have compiled, as long as a module's tests run."""
+  """Engines of the same config and mesh share what they have compiled, as long as a module's tests run."""
   programs: dict[str, dict] = {}
   begin = engine_lib.Engine.__init__
 
   def begin_with_programs(self: engine_lib.Engine, config: config_lib.Config, *others: Any, **named: Any) -> None:
     begin(self, config, *others, **named)
-    self._compiled = programs.setdefault(json.dumps(config_lib.to_dict(config), sort_keys=True), self._compiled)
+    key = json.dumps(config_lib.to_dict(config), sort_keys=True) + str(self.mesh) + str(self.home)
+    self._compiled = programs.setdefault(key, self._compiled)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(engine_lib.Engine, "__init__", begin_with_programs)
+    yield
+
+
+@pytest.fixture(scope="module")
+def on_one_device(share_programs: None) -> Iterator[None]:
+  """Runs in this process are on one device, as those in others are, and runs of one config compile once.
+
+  Runs on more devices are multihost_test's and plan_test's.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "_mesh", lambda *_: partition.make_mesh(jax.devices()[:1]))
     yield
 
 

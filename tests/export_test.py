@@ -15,6 +15,7 @@ from worldlm_jax.data import tokenizer as tokenizer_lib, tokenizer_files
 from worldlm_jax.model import llama
 from worldlm_jax.reporting import words
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 PLAIN = ("h\u00e9llo w\u00f6rld\n\t\r\n \u65e5\u672c \U0001f389\x00", "", " <s>  two  spaces ", "[SEP]</s><|endoftext")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from worldlm_jax import config as c, engine as engine_lib, metrics, plain, progress, train
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 ATTACKS: dict[str, Callable[[Any], Any]] = {
   "nan": lambda x: math.nan * x, "100x": lambda x: 100.0 * x, "flip": lambda x: -1.0 * x,
   "huge": lambda x: 1e15 * x,  # with it, a model's loss is not finite

@@ -17,6 +17,7 @@ from worldlm_jax.data.windows import PADDING, Windows
 from worldlm_jax.privacy import accounting, examples as examples_lib, release
 from worldlm_jax.reporting import files, privacy_section
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 ROUNDS = 4
 
 

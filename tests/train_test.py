@@ -189,15 +189,7 @@ class Listener(progress.Silent):
     self.messages.append(text)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_device_and_one_compilation(share_programs):
-  """Runs in this process are on one device, as those in others are, and runs of one config compile once.
-
-  Runs on more devices are multihost_test's and plan_test's.
-  """
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "_mesh", lambda *_: partition.make_mesh(jax.devices()[:1]))
-    yield
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 @pytest.fixture(scope="module")
