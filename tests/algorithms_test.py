@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from worldlm_jax import algorithms, config as config_lib, federation as federation_lib, train
+from worldlm_jax import algorithms, config as config_lib, federation as federation_lib, plain, schedule, train
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
@@ -95,6 +95,41 @@ def test_independent_from_the_start_and_deaf_worldlm_is_training_alone(rounds):
   worldlm.node.backbone_independence = worldlm.node.key_layer_independence = math.inf
   local = trained(rounds, with_inner_text(rounds), "local")
   same_everywhere(rounds, worldlm, local, {path: path for path in ("a/p", "a/q", "b")})
+
+
+@pytest.mark.parametrize("candidates", ["everybody", "siblings"])
+def test_a_twin_changes_nothing(rounds, candidates):
+  """What it learned is one's own update again: the step that follows both has the length of one."""
+  found = []
+  for strength in (1.0, 0.0):
+    tree = rounds.node("world", rounds.node("a"), rounds.node("b"), data=False)
+    config = trained(rounds, tree, "worldlm", update_strength=strength)
+    config.node.backbone_independence = config.node.key_layer_independence = math.inf
+    config.key_layers.candidates = candidates
+    harness = rounds.Harness(config, former={"b": "a"})
+    for index in range(3):
+      harness.round(index)
+    found.append(harness.params()["a"])
+  rounds.assert_trees_close(*found, 2e-6)
+
+
+def test_everybodys_mean_moves_a_node_that_is_on_its_own_way(rounds):
+  """By the equation, from what the nodes' updates were: the backbone and the key layers as one."""
+  tree = rounds.node("world", rounds.node("a"), rounds.node("b", local_steps=3), rounds.node("c"), data=False)
+  config = trained(rounds, tree, "worldlm", update_threshold=-1.0, update_norm_cap=math.inf, residuals_per_layer=0)
+  config.node.backbone_independence = config.node.key_layer_independence = math.inf
+  harness = rounds.Harness(config)
+  begin = harness.params()["a"]
+  harness.round(0)
+  update = {path: plain.flat(params) - plain.flat(begin) for path, params in harness.params().items() if path != "."}
+  down = [step for step in schedule.round_steps(harness.federation, None, harness.attends, 1) if step.kind == "down"]
+  for step in down:
+    harness.state, _ = harness.engine.down(harness.state, step, 1)
+  text = harness.text_tokens
+  for path, own in update.items():
+    rest = sum(text[x] * update[x] for x in update if x != path) / sum(text[x] for x in update if x != path)
+    beta = 2 * (own @ rest / (own @ own) + 1)
+    np.testing.assert_allclose(plain.flat(harness.params()[path]), plain.flat(begin) + own + beta * rest, atol=1e-5)
 
 
 def test_the_key_layers_of_worldlm_that_never_goes_its_own_way_are_averaged_too(rounds):

@@ -83,12 +83,13 @@ def attend_layers(query, candidates, mask_SxM, prior_S, temperature, *, similari
 
 @functools.partial(jax.jit, static_argnames="granularity")
 def attend_updates(update, candidates, mask_SxM=ALL_THERE, *, granularity="layer", strength=1.0, threshold=0.1,
-                   norm_cap=1.0):
+                   norm_cap=1.0, means_S=None):
   """What is added, beta and the cosines; absent candidates show in no more than the table of inner products."""
   everybody = each(lambda own, theirs: jnp.concatenate([own[None], theirs]), update, candidates)
   gram = jnp.stack(rows.gram([rows.Source(everybody, lambda own: own)]))
   coefficients, weights, cosines = attend.update_coefficients(
-    gram, jnp.asarray(mask_SxM), granularity, strength=strength, threshold=threshold, norm_cap=norm_cap
+    gram, jnp.asarray(mask_SxM), granularity, strength=strength, threshold=threshold, norm_cap=norm_cap,
+    means_S=means_S,
   )
   there = jnp.concatenate([jnp.ones_like(mask_SxM[:1]), mask_SxM])
   addition = {}
@@ -405,6 +406,24 @@ def test_to_a_node_without_an_update_nothing_is_relevant():
   addition, weights, _ = attend_updates(nothing, candidates, SOME_THERE, threshold=-1.0)
   assert not np.any(weights)
   assert all(not np.any(addition[name]) for name in SHAPES)
+
+
+def test_a_mean_counts_as_all_that_it_is_the_mean_of():
+  """As if each of them were as long as one's own update: their weights add up to its."""
+  update = draw(1)
+  candidates = each(lambda own, leaf: own[None] + leaf, update, draw(4, S))
+  vectors = [units(each(lambda leaf, s=s: leaf[s], candidates), "all")[0][0] for s in range(S)]
+  own = np.linalg.norm(units(update, "all")[0][0])
+  lengths = np.array([own / np.linalg.norm(vector) for vector in vectors], np.float32)
+  candidates = each(lambda leaf: leaf * lengths.reshape(S, *[1] * (leaf.ndim - 1)), candidates)
+  options = {"granularity": "all", "threshold": -1.0, "norm_cap": math.inf, "strength": 0.3}
+  _, one_by_one, _ = attend_updates(update, candidates, **options)
+  mean = each(lambda leaf: np.stack([leaf.mean(axis=0)] * S), candidates)
+  first = ALL_THERE & (np.arange(S) == 0)[:, None]
+  addition, weights, _ = attend_updates(update, mean, first, means_S=jnp.zeros(S).at[0].set(S), **options)
+  np.testing.assert_allclose(weights[0, 0], np.sum(one_by_one[0], axis=0), rtol=1e-5)
+  for name in SHAPES:
+    np.testing.assert_allclose(addition[name], weights[0, 0, 0] * mean[name][0], rtol=1e-4, atol=1e-6)
 
 
 def test_permuting_the_others_keeps_the_addition():

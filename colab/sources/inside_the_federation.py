@@ -15,7 +15,8 @@ TRAIN_BYTES = 20_000  # of each language
 # ## The run
 #
 # Key layers are personal from the start (`key_layer_independence=inf`), so that attention is at work in every round;
-# the backbone is shared for a while. Updates count however little they agree with a node's own (`update_threshold=0`).
+# the backbone is shared for a while. By default nodes attend to everybody's mean update, with the whole of their model.
+# Here they look at those of their siblings one by one, each layer for itself, so that there is more to see.
 # All checkpoints are kept, to look at the models of every round.
 
 # %%
@@ -33,7 +34,7 @@ experiment = c.Config(
   ),
   model=model.PRESETS["nano"](key_layer_share=0.67),
   data=c.DataConfig(sequence_length=64),
-  key_layers=c.KeyLayerConfig(update_threshold=0.0),
+  key_layers=c.KeyLayerConfig(candidates="siblings", granularity="layer"),
   evaluation=c.EvaluationConfig(valid_windows=16, test_windows=32),
   checkpoint=c.CheckpointConfig(keep_last=ROUNDS),
   logging=c.LoggingConfig(tensorboard=False),
