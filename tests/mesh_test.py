@@ -21,7 +21,7 @@ def tree(node):
 
 def config_of(rounds):
   """Everything is on: trust, both kinds of sharing, residual layers, siblings that agree."""
-  config = rounds.tiny_config(tree(rounds.node), update_threshold=-0.2)
+  config = rounds.tiny_config(tree(rounds.node), update_threshold=-0.2, candidates="both")
   config.model = config_lib.ModelConfig(
     num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, key_layer_share=0.67
   )
@@ -114,7 +114,7 @@ def travelled(compiled):
 
 @pytest.mark.slow
 def test_a_round_moves_what_the_algorithm_needs_and_nothing_else(on_eight):
-  """One reduction of the backbone per federation level; key layers twice among siblings: to compare, and to mix."""
+  """One reduction of the backbone per federation level; updates twice among siblings: to compare, and to mix."""
   harness = on_eight
   model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), harness.state[0].params)
   backbone, keys = trees.num_bytes(model["backbone"]), trees.num_bytes(model["key_layers"])
@@ -126,18 +126,23 @@ def test_a_round_moves_what_the_algorithm_needs_and_nothing_else(on_eight):
     ("up", 0): {"all-reduce": backbone + keys},
     # Means and a residual layer each; the members' updates are compared with each other.
     ("up", 1): {"all-reduce": 3 * (backbone + 2 * keys), "collective-permute": neighbours[2] * keys},
-    # The relevance, in the first round, looks at the whole model once; then the backbone, the parent's update and the
-    # residual layers of level 1 twice, a third time to hand them down, and the parent's key layers for those who share.
-    ("down", 1): {"all-reduce": (backbone + keys) + backbone + (1 + 3) * 3 * keys + keys,
-                  "collective-permute": 3 * neighbours[1] * keys},
+    # The relevance, in the first round, looks at the whole model once; then the parent's model for those who share, how
+    # far it has moved and the residual layers of level 1 twice, and key layers a third time to hand residuals down.
+    ("down", 1): {"all-reduce": 2 * (backbone + keys) + 2 * backbone + (1 + 3) * 3 * keys,
+                  "collective-permute": neighbours[1] * (2 * backbone + 3 * keys)},
     # The residual layers here are those that level 1 received; nobody is below to hand them down to.
-    ("down", 2): {"all-reduce": 3 * (backbone + keys) + 3 * backbone + (3 + 3) * 2 * keys + 3 * keys,
-                  "collective-permute": 2 * neighbours[2] * keys},
+    ("down", 2): {"all-reduce": 3 * 2 * (backbone + keys) + 3 * 2 * backbone + (3 + 3) * 2 * keys,
+                  "collective-permute": neighbours[2] * 2 * (backbone + keys)},
   }
+  # What is no stack of layers is fetched outside of loops, and the compiler may keep it from the first time.
+  kept = {("down", 1): {"all-reduce": 1, "collective-permute": neighbours[1]},
+          ("down", 2): {"all-reduce": 3, "collective-permute": neighbours[2]}}
   for name, bytes_ in expected.items():
     found = travelled(programs[name])
     for kind in found | bytes_:
-      assert bytes_.get(kind, 0) <= found[kind] <= bytes_.get(kind, 0) + small, f"{name} {kind}: {found} {bytes_}"
+      most = bytes_.get(kind, 0)
+      least = most - kept.get(name, {}).get(kind, 0) * backbone
+      assert least <= found[kind] <= most + small, f"{name} {kind}: {found} {bytes_}"
   for name, program in programs.items():
     if name[0] in ("train", "take state", "put", "settle"):
       assert not travelled(program), f"{name}: {travelled(program)}"
