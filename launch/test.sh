@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lints, checks the types and runs the tests: bash launch/test.sh [pytest's arguments]
 #
-# The fast tests alone: bash launch/test.sh -m 'not slow'. Environment: PYTHON=, see setup.sh
+# The fast tests alone: bash launch/test.sh -m 'not slow'; those that show more cases of the same, which are left out
+# otherwise: bash launch/test.sh -m exhaustive. Environment: PYTHON=, see setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 set_up dev

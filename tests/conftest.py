@@ -240,8 +240,12 @@ def assert_trees_close(actual: Any, expected: Any, atol: float, message: str = "
     np.testing.assert_allclose(a, e, atol=atol, rtol=0, err_msg=f"{message}{jax.tree_util.keystr(path)}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Files with slow tests come first: whichever worker has the last one is not to work on alone for long."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  """Leaves out what is not asked for; files with slow tests come first, lest a worker has one left at the end."""
+  if "exhaustive" not in config.getoption("markexpr"):
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
   slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
   items.sort(key=lambda item: -slow[item.path])
 

@@ -291,7 +291,7 @@ def test_errors_of_a_tree(fields, message):
     synthetic.tree(config.SyntheticTree(**{"branching": (2, 3)} | fields))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_trained_model_comes_close_to_the_floor_and_stays_above(monkeypatch):
   """On a language of 28 words, so that half a minute of training is enough.
 

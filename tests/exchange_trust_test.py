@@ -43,8 +43,9 @@ def _config(rounds, **settings):
   return config
 
 
-@pytest.mark.parametrize("settings", [{"inner_text": "before"}, {"inner_text": "beside"}, {"nodes_at_once": 2}],
-                         ids=lambda settings: " ".join(map(str, settings.values())))
+@pytest.mark.parametrize("settings", [
+  {"inner_text": "before"}, {"inner_text": "beside"}, pytest.param({"nodes_at_once": 2}, marks=pytest.mark.exhaustive),
+], ids=lambda settings: " ".join(map(str, settings.values())))
 def test_engine_equals_the_loop(rounds, settings):
   harness = rounds.run(_config(rounds, **settings), rounds=2)
   oracle = harness.oracle()

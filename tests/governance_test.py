@@ -238,7 +238,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize(("values", "payload"), [
-  ("updates", "float32"), pytest.param("layers", "float32", marks=pytest.mark.slow),
+  ("updates", "float32"), pytest.param("layers", "float32", marks=pytest.mark.exhaustive),
 ])
 def test_engine_equals_the_loop_with_rules_of_all_kinds(rounds, values, payload):
   settings = dict(MIXED)

@@ -57,7 +57,8 @@ def _rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _content(workdir: Path) -> dict[str, bytes]:
-  return {str(file.relative_to(workdir)): file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
+  return {str(file.relative_to(workdir)): file.read_bytes() for file in workdir.rglob("*")
+          if file.is_file() and file.name != "lock"}
 
 
 @pytest.fixture(scope="module", autouse=True)

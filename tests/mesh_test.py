@@ -53,7 +53,9 @@ def on_eight(rounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 2), (8, 1)])
+@pytest.mark.parametrize(("fsdp", "tensor"), [
+  (1, 1), (2, 2), pytest.param(8, 1, marks=pytest.mark.exhaustive),
+])
 def test_every_mesh_gives_the_result_of_one_device(rounds, assert_same_result, on_eight, fsdp, tensor):
   harness = run_on(rounds, 8, fsdp, tensor) if fsdp * tensor > 1 else on_eight
   assert_same_result(harness)
@@ -65,7 +67,7 @@ def test_every_mesh_gives_the_result_of_one_device(rounds, assert_same_result, o
       assert here.shape[0] == leaf.shape[0] // count
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_three_devices_with_ghosts_give_the_result_of_one(rounds, assert_same_result):
   assert_same_result(run_on(rounds, 3))
 

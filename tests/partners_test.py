@@ -171,7 +171,7 @@ def test_validated_acceptance_protects_key_layers(rounds: Any) -> None:
   node = rounds.node
   config = rounds.tiny_config(
     node("world", node("a", acceptance="validated"), node("b"), node("evil"), data=False), update_threshold=-1.0,
-    update_norm_cap=math.inf,
+    update_norm_cap=math.inf, candidates="siblings",
   )
   harness = rounds.Harness(config)
   Hostile(harness, {"evil": "huge"})

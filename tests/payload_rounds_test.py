@@ -59,7 +59,7 @@ MOST = {"bfloat16": 5e-4, "int8": 1e-3}
 
 
 @pytest.mark.parametrize(("kind", "values"), [
-  ("int8", "updates"), ("int8", "layers"), pytest.param("bfloat16", "updates", marks=pytest.mark.slow),
+  ("int8", "updates"), ("int8", "layers"), pytest.param("bfloat16", "updates", marks=pytest.mark.exhaustive),
 ])
 def test_engine_equals_the_loop(ragged_run, kind, values):
   harness = ragged_run(kind, values)

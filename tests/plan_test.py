@@ -161,9 +161,10 @@ def tree():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "changes"), [
-  ("worldlm", {"key_layers": c.KeyLayerConfig(residuals_per_layer=2, residuals_received=3)}),
-  ("worldlm_paper", {"schedule": "sequential", "rounds": 2}),
+  ("worldlm", {"key_layers": c.KeyLayerConfig(candidates="both", residuals_per_layer=2, residuals_received=3)}),
+  pytest.param("worldlm_paper", {"schedule": "sequential", "rounds": 2}, marks=pytest.mark.exhaustive),
 ])
+@pytest.mark.usefixtures("on_one_device")
 def test_bytes_are_those_that_a_run_counts(tmp_path, algorithm, changes):
   config = texts_of(tree(), algorithm=algorithm, **changes)
   train.run(config, tmp_path)

@@ -71,7 +71,10 @@ def test_engine_equals_the_loop(local_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["layers", "int8", "central", "examples"])
+@pytest.mark.parametrize("change", [
+  pytest.param("layers", marks=pytest.mark.exhaustive), pytest.param("int8", marks=pytest.mark.exhaustive), "central",
+  "examples",
+])
 def test_engine_equals_the_loop_in_every_mode(rounds, change):
   if change == "layers":
     check_against_oracle(rounds, private_config(rounds, ragged(rounds), "layers"), ABSENT)

@@ -238,7 +238,7 @@ def test_names_are_shown_and_never_obeyed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("root", "rounds"), [
   (node("alone"), 1), (wide_tree((1, 1, 1, 1, 1)), 2),
-  pytest.param(wide_tree((4, 16)), 40, marks=pytest.mark.slow),
+  pytest.param(wide_tree((4, 16)), 40, marks=pytest.mark.exhaustive),
 ], ids=["one node, one round", "six levels", "69 nodes"])
 def test_trees_of_any_shape(tmp_path: Path, root: c.Node, rounds: int) -> None:
   run = write_run(tmp_path, config_of(root, rounds))
