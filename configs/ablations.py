@@ -24,7 +24,9 @@ def get_config() -> c.Comparison:
     logging=c.LoggingConfig(tensorboard=False),
   )
   # Attention over layers is seen where the key layers are a node's own from the start.
-  layers = {"key_layers.values": "layers", "node.key_layer_independence": math.inf}
+  layers = {
+    "key_layers.values": "layers", "key_layers.granularity": "layer", "node.key_layer_independence": math.inf,
+  }
 
   def temperature(value: float) -> dict[str, float]:
     return {"node.down_temperature": value, "node.up_temperature": value}

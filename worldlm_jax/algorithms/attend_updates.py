@@ -3,9 +3,9 @@
 The candidates are what a node's parent learned, routed updates of layers, and those of siblings if told so; each is
 used once. A parent without text of its own stands for everybody else: how far its model has moved since it was handed
 down last is the mean of everybody's updates, out of which one's own share is taken, and it counts as many updates as
-there are others. Where the paper (arXiv:2405.14446) is silent: a residual layer that a node
-received is offered to its children with everything else in their pool; a federation takes its members' mean update for
-its own progress, and offers the members' updates that agree with it least.
+there are others. Where the paper (arXiv:2405.14446) is silent: a residual layer that a node received is offered to its
+children with everything else in their pool; a federation takes its members' mean update for its own progress, and
+offers the members' updates that agree with it least.
 
 Key layers attend, and with `granularity=model` a backbone that is a node's own does so with them, all of it as one
 unit. All of it is linear: one pass over the updates for their inner products, in which everything is decided, and one

@@ -9,8 +9,8 @@ Language Models", arXiv:2405.14446.
 
 How long a node shares is ours (`exchange/relevance.py`), and so is attention over updates (`attend_updates.py`), in
 which the memory is how far everybody's model has moved, and B_q attends as well. With attention over layers
-(`attend_layers.py`) the memory is {K_q, K_p}, and {K_c} + {K_p if p trained} in the up-phase,
-where it takes the place of the mean.
+(`attend_layers.py`) the memory is {K_q, K_p}, and {K_c} + {K_p if p trained} in the up-phase, where it takes the place
+of the mean.
 """
 
 from worldlm_jax import model, trees
