@@ -59,7 +59,7 @@ def section(receipts: Iterable[Mapping[str, Any]], tree: Tree) -> Html:
   parts.append(page.details(
     f"All that was given, by giver and receiver ({len(rows)})",
     page.paragraph("Norms and weights are means over the times. The norm is that of the update, of the part of the "
-                   "model, or of what is added to key layers. The weight of an update is its share in the federation's "
+                   "model, or of what is added to it. The weight of an update is its share in the federation's "
                    f"mean; by attention, how much of it was added{left_out}."),
     page.table(["from", "to", "what", "times", "bytes", "norm", "weight"], rows[:MOST_FLOWS], left=3),
   ))

@@ -1,4 +1,4 @@
-"""Grids of numbers with colours: every model on every text, and whom key layers attended to over the rounds."""
+"""Grids of numbers with colours: every model on every text, and whom nodes attended to over the rounds."""
 
 import dataclasses
 import math

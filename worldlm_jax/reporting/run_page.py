@@ -23,13 +23,13 @@ def make(run: Run, title: str, back: str = "") -> tuple[str, list[figures.Chart]
   drawn: list[figures.Chart] = []
   parts = {
     "The tree": _tree(run, drawn), "Learning curves": _curves(run, drawn), "All nodes": _nodes(run),
-    "Every model on every text": _matrix(run, drawn), "Attention of key layers": _attention(run, drawn),
+    "Every model on every text": _matrix(run, drawn), "Attention": _attention(run, drawn),
     "Routes of residual layers": _routes(run, drawn), "What the edges carried": _traffic(run, drawn),
     "Privacy": privacy_section.make(run), "Where the time went": _time(run, drawn),
     "Who gave what to whom": flows.section(run.receipts, run.tree),
     "Configuration": _configuration(run),
   }
-  columns = [[["Attention of key layers"],
+  columns = [[["Attention"],
               ["Routes of residual layers", "What the edges carried", "Where the time went"]]]
   wide = {chart.name for chart in drawn if chart.wide}
   if "tree" not in wide:
@@ -269,18 +269,19 @@ def _source(run: Run, name: str) -> str:
 
 
 def _attention(run: Run, drawn: list[figures.Chart]) -> Html:
-  charts = heat_maps.attention("attention", "Attention weights of each node's key layers over the rounds",
+  charts = heat_maps.attention("attention", "Attention weights of each node over the rounds",
                                attention_maps(run))
   drawn += charts
   over = run.record["config"]["key_layers"]["values"]
   meaning = (
     "A weight is how much of that source's update is added to the node's own update, which always counts in full (1); "
-    "0 is training alone. 1 for its parent means that the node takes its parent's key layers as they are. A "
-    "federation adds the weighted mean of its members' updates." if over == "updates"
+    "0 is training alone. At first a node takes its parent's model as it is, which counts 1 in its parent's row; later "
+    "that row is the mean of everybody's updates, which counts for all of them. A federation adds the weighted mean of "
+    "its members' updates." if over == "updates"
     else "The weights of a round add up to 1; what falls to “itself” is kept."
   )
-  return page.charts(charts, f"How much each node's key layers took from whom, the mean over layers. {meaning} Sources "
-                     "that were never used are left out, and so are nodes that took nothing.")
+  return page.charts(charts, f"How much each node took from whom, the mean over key layers. {meaning} Sources that "
+                     "were never used are left out, and so are nodes that took nothing.")
 
 
 def _routes(run: Run, drawn: list[figures.Chart]) -> Html:
