@@ -2,6 +2,7 @@
 
   python -m benchmarks.all [--suite=laptop] [--only=rounds,fedavg] [--out=FOLDER]
 
+What is about other things than speed and memory has its own commands: `faults`, `hostile` and `payload`.
 Suites are lists of flags: `laptop` is for a few CPU cores (an hour or two on 2), `accelerator` for one GPU or TPU
 chip with some 80 GB (published nowhere yet: it has run on no such machine), and `smallest` for the tests. What fails
 does not keep the others from running; the exit code says whether anything did.
@@ -17,7 +18,8 @@ from benchmarks import measuring
 SHORT = ("--local_steps=2", "--batch_size=2", "--sequence_length=16")
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
   "laptop": {
-    "rounds": ("--models=tiny",),
+    "rounds": ("--models=tiny", "--nodes=1,4", "--local_steps=50", "--blocks=4"),
+    "rounds_16": ("--models=tiny", "--nodes=16", "--local_steps=25", "--blocks=3", "--algorithms=worldlm"),
     "rounds_10m": ("--models=10m", "--nodes=1,4", "--local_steps=10", "--blocks=3"),
     "rounds_75m": ("--models=75m", "--nodes=1", "--settings=lean", "--local_steps=2", "--batch_size=1", "--blocks=2"),
     "fedavg": ("--models=tiny,10m",),
@@ -25,7 +27,6 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "growth": (),
     "data": ("speed",),
     "data_memory": ("memory", "--gigabytes=1"),
-    "faults": (),
   },
   "accelerator": {
     "rounds": ("--models=tiny,10m,75m", "--batch_size=32", "--sequence_length=512"),

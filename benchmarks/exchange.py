@@ -1,15 +1,16 @@
 """What the exchange of key layers costs over a copy of them: attention over updates with residual routing.
 
-  python -m benchmarks.exchange [--models=tiny,10m,75m] [--nodes=8] [--repeats=5] [--out=FILE]
+  python -m benchmarks.exchange [--models=tiny,10m,75m] [--candidates=everybody,both] [--nodes=8] [--repeats=5]
+                                [--out=FILE]
 
 The tree has two federations with half of the nodes each, so that residual layers travel between them. A node holds
 the key layers of the named model, at their widths and in their number, and next to nothing else: no other blocks, a
 vocabulary of two, no moments. All nodes have trained and go their own way, so that every one of them attends. Timed
 are `Engine.up` of both levels of federations and `Engine.down` of all levels, and, by itself, the down-phase of the
 nodes, which is the attention. The rival is a copy of the nodes' key layers on the device, one read and one write, into
-memory that is there already. Siblings' updates are candidates, too, which by default they are not: what is timed is the
-most that attention does. Extra memory is what the exchange takes at its peak beyond the state, in copies of the
-nodes' key layers.
+memory that is there already. Candidates are how far everybody's model has moved, as by default, or `both` that and the
+siblings' updates, the most that attention does. Extra memory is what the exchange takes at its peak beyond the state,
+in copies of the nodes' key layers.
 
 Memory in all, with 8 nodes: about 40 times a node's key layers for the state, and the extra memory (7 key layers of
 the 400m model are 353 MB).
@@ -28,18 +29,18 @@ import numpy as np
 from benchmarks import measuring, setups
 from worldlm_jax import config as c, schedule, state as state_lib, trees
 
-COLUMNS = {"model": "model", "key_layer_mb": "key layers of a node, MB", "copy_ms": "copy, ms",
-           "attention_ratio": "attention, in copies", "exchange_ratio": "whole exchange, in copies",
-           "extra_memory_ratio": "extra memory, in copies"}
+COLUMNS = {"model": "model", "candidates": "candidates", "key_layer_mb": "key layers of a node, MB",
+           "copy_ms": "copy, ms", "attention_ratio": "attention, in copies",
+           "exchange_ratio": "whole exchange, in copies", "extra_memory_ratio": "extra memory, in copies"}
 
 
 class Exchange:
   """Up- and down-phases over and over, between which the nodes get new updates."""
 
-  def __init__(self, size: str, nodes: int):
+  def __init__(self, size: str, nodes: int, candidates: str):
     config = setups.config(size, (2, nodes // 2), local_steps=1, batch_size=1, sequence_length=8)
     config.node.key_layer_independence = math.inf
-    config.key_layers = c.KeyLayerConfig(candidates="both", granularity="all")
+    config.key_layers = c.KeyLayerConfig(candidates=candidates, granularity="all")
     config.optimizer = c.OptimizerConfig(name="sgd")
     config.model = dataclasses.replace(
       config.model, num_layers=c.num_key_layers(config.model), key_layer_share=1.0, vocab_size=2, tied_head=True
@@ -97,9 +98,9 @@ def _trained(level: state_lib.LevelState) -> state_lib.LevelState:
                         trained=jnp.ones_like(level.trained), fresh=jnp.ones_like(level.fresh))
 
 
-def measure(size: str, nodes: int, repeats: int) -> dict[str, Any]:
+def measure(size: str, nodes: int, candidates: str, repeats: int) -> dict[str, Any]:
   """One line of the table."""
-  exchange = Exchange(size, nodes)
+  exchange = Exchange(size, nodes, candidates)
   turns = []
   for _ in range(repeats + 1):
     exchange.train()
@@ -110,7 +111,7 @@ def measure(size: str, nodes: int, repeats: int) -> dict[str, Any]:
     exchange.exchange()
   num_bytes = trees.num_bytes(exchange.key_layers())
   return {
-    "model": size, "nodes": nodes, "key_layer_mb": num_bytes / nodes / 1e6,
+    "model": size, "candidates": candidates, "nodes": nodes, "key_layer_mb": num_bytes / nodes / 1e6,
     "copy_ms": measuring.spread(1000 * seconds for seconds in copies),
     "attention_ratio": measuring.ratios(attentions, copies), "exchange_ratio": measuring.ratios(wholes, copies),
     "extra_memory_ratio": memory.bytes / num_bytes, "extra_memory_mb": memory.bytes / 1e6,
@@ -121,14 +122,16 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Table]:
   """Prints the table."""
   parser = measuring.parser(__doc__)
   parser.add_argument("--models", default="tiny,10m,75m", help="of " + ", ".join(setups.MODELS))
+  parser.add_argument("--candidates", default="everybody,both", help="everybody, siblings, both")
   parser.add_argument("--nodes", type=int, default=8)
   parser.add_argument("--repeats", type=int, default=5)
-  args = measuring.parse(parser, argv, models=setups.MODELS)
+  args = measuring.parse(parser, argv, models=setups.MODELS, candidates=("everybody", "siblings", "both"))
   if args.nodes < 4 or args.nodes % 2:
     parser.error(f"--nodes={args.nodes}: expected an even number of at least 4, half of them for each federation")
   table = measuring.Table(f"Exchange of the key layers of {args.nodes} nodes", COLUMNS)
   for size in args.models:
-    table.add(measuring.in_child(measure, size=size, nodes=args.nodes, repeats=args.repeats))
+    for candidates in args.candidates:
+      table.add(measuring.in_child(measure, size=size, nodes=args.nodes, candidates=candidates, repeats=args.repeats))
   measuring.finish(args, [table])
   return [table]
 

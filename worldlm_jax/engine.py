@@ -184,7 +184,8 @@ class Engine:
       wave_guards = jax.tree.map(lambda leaf, rows=rows: leaf[rows], guards)
       wave, found = self._call(name, self._train_phase, wave, *self._put((wave_work, wave_guards), self.mesh))
       wave = self._settled(state_lib.handed(state, level), level, wave, start, rows, wave_work.steps > 0)
-      logs.append(WaveLog(rows[new], *(array[new] for array in found)))
+      # Only the last wave can hold rows of one before, and picking some costs as much as a short phase.
+      logs.append(WaveLog(rows[new], *(found if new.all() else (array[new] for array in found))))
       if trained:
         slim = self._store(level, slim, *trained)
       fetched, trained = None, (wave, start)

@@ -4,8 +4,8 @@ One node trains in a loop of as many steps as it has (`train_node`); the nodes o
 side, spread over the devices (`train_nodes`). A wave takes as long as its longest member, and a wave
 of one node per device computes nothing in vain.
 
-A step whose loss, gradient or result is not finite is not taken, and the node stops there, so that the
-last good state can be saved and the step be named.
+A step whose loss or gradient is not finite is not taken, and the node stops there, so that the last good
+state can be saved and the step be named. (Of finite gradients, clipping and Adam make finite steps.)
 
 Shapes: N nodes of a level, S steps, B windows per step, W tokens per window.
 """
@@ -128,9 +128,10 @@ def train_node(
       grads = examples_lib.noised_mean(grads, num_tokens, examples, i)
     if config.proximal:  # T. Li et al., arXiv:1812.06127
       grads = jax.tree.map(lambda g, p, p0: g + config.proximal * (p - p0), grads, params, begun_from)
+    # Known before the step: otherwise the old and the new state would both have to be kept until its end.
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     updates, new_state = tx.update(grads, state, params)
     new_params = optax.apply_updates(params, jax.tree.map(lambda u: -work.learning_rates[i] * u, updates))
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(new_params))
     params, state = trees.where(finite, (new_params, new_state), (params, state))
     return i + finite, finite, params, state, losses_S.at[i].set(loss / num_tokens), tokens + finite * num_tokens
 

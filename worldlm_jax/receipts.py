@@ -6,7 +6,8 @@ A line of receipts.jsonl has these fields:
   phase         "up": an update to the federation; "down": what a node gets from it; "attention": whose updates are in
                 what it gets
   from, to      paths
-  part          "backbone", "key_layers", "addition" (what a parent adds to a node's own model), "residual_layer"
+  part          "backbone", "key_layers", "addition" (what a parent adds to a node's own model), "residual_layer"; by
+                attention, "model" where the whole of a model attends as one unit, or "key_layers"
   bytes         that crossed the edge; 0 for what is within something else that did, or did not cross
   norm          Euclidean, of what was sent: an update as it arrived, a parent's part of a model, an addition
   privacy_cost  epsilon, at the sender's privacy_delta: what the release of its update added to what it had spent. All
@@ -54,6 +55,7 @@ class Receipts:
     self._sizes = {"backbone": sizes.backbone, KEY_LAYERS: sizes.key_layers}
     self._residual_bytes = sizes.residual_layer
     self._over_updates, self._candidates = config.values == "updates", config.candidates
+    self._attending = "model" if self._over_updates and config.granularity == "model" else KEY_LAYERS
     self._paths = [m.path for m in self._federation.members]
 
   def down(self, index: int, level: int, active: np.ndarray, topology: state_lib.Topology,
@@ -94,7 +96,7 @@ class Receipts:
     ]
     for source, weight, why in sources:
       if weight > 0 or why:
-        found.append(_receipt(index, "attention", source, path, KEY_LAYERS, 0, None, why,
+        found.append(_receipt(index, "attention", source, path, self._attending, 0, None, why,
                               None if why else round(float(weight), 6)))
     return found
 

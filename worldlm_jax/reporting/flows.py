@@ -12,7 +12,7 @@ LARGEST_MATRIX = 24  # nodes in a table of everybody with everybody
 MOST_FLOWS = 400  # lines of the table of all flows
 PARTS = {
   "backbone": "backbone", "key_layers": "key layers", "addition": "addition to its own model",
-  "residual_layer": "residual layers",
+  "residual_layer": "residual layers", "model": "whole model",
 }
 WAYS = {"up": "update", "down": "from above", "attention": "by attention"}
 FORBIDDEN = ("withheld", "rejected")
