@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from benchmarks import measuring, setups
-from worldlm_jax import config as c, federation as federation_lib, model, progress, train
+from worldlm_jax import algorithms, config as c, federation as federation_lib, model, progress, train
 from worldlm_jax.data import batches as batches_lib, tokenizer as tokenizer_lib
 
 COLUMNS = {"model": "model", "nodes": "nodes", "algorithm": "algorithm", "settings": "settings",
@@ -96,7 +96,8 @@ def _bare_loop(config: c.Config) -> setups.BareLoop:
   member, source = next((m, m.data) for m in federation_lib.resolve(config).members if m.data is not None)
   text = batches_lib.load([(member.path, source)], config.data, tokenizer)[member.path]
   batches = batches_lib.NodeBatches(text.train, member.settings.batch_size, config.seed, member.path)
-  arch = model.architecture(config.model, tokenizer.vocab_size)
+  num_key_layers = algorithms.num_key_layers(algorithms.adapted(config))
+  arch = model.architecture(config.model, tokenizer.vocab_size, num_key_layers=num_key_layers)
   return setups.BareLoop(arch, config, batches.batches(0, member.settings.local_steps))
 
 

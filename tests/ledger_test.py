@@ -20,6 +20,8 @@ def test_all_time_belongs_to_one_activity(monkeypatch: pytest.MonkeyPatch) -> No
   now[0] = 21.5
   clock.lap("saving")
   clock.apart("compiling", 4.0)  # while the devices finished something else
-  now[0] = 25.0
-  clock.lap("evaluating")
-  assert seconds == {"training": 104.5, "compiling": 6.0, "waiting_for_data": 0.5, "saving": 1.5, "evaluating": 0.0}
+  now[0] = 26.0
+  clock.lap("evaluating", 24.0)  # it had come then
+  clock.lap("aggregating", 25.75)
+  assert seconds == {"training": 104.5, "compiling": 6.0, "waiting_for_data": 0.5, "saving": 1.5, "evaluating": 0.0,
+                     "aggregating": 0.25}

@@ -113,7 +113,7 @@ class Checkpoints:
           raise
         failures = [(str(error).splitlines() or [type(error).__name__])[0][:160]]
       failures = [reason for said in distributed.gather(failures) for reason in said]
-      if found is not None and not failures and self._checksum(found.state) != found.record.pop("checksum"):
+      if found is not None and not failures and self._checksum(found.state) != found.record.pop("checksum", None):
         failures = ["the arrays do not have the checksum they were saved with"]
       if found is not None and not failures:
         return found

@@ -1,9 +1,16 @@
 """Validators: each raises `InputError`, a `ValueError`, with name=value, what was expected, and the remedy."""
 
 import difflib
+import itertools
 import json
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
+
+MAX_NESTING = 200  # of values within values, in files
+MAX_EXPANDED = 10**7  # characters and values of a YAML file once its aliases are written out
 
 
 class InputError(ValueError):
@@ -38,6 +45,75 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
   if not close and "/" not in str(value):
     close = [last[name] for name in difflib.get_close_matches(str(value), last, n=1)]
   return f"did you mean {close[0]!r}?" if close else ""
+
+
+def read_json(path: Path) -> Any:
+  """The content of a JSON file. Raises `OSError`, or a `ValueError` where it is none or is nested too deeply."""
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except RecursionError as error:
+    raise ValueError("it is nested too deeply") from error
+  _check_nesting(content)
+  return content
+
+
+def read_object(path: Path, *names: str) -> dict[str, Any]:
+  """The object of a JSON file that has the fields `names`. Raises `InputError` where it is none."""
+  try:
+    content = read_json(path)
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path}: expected readable JSON; {error}") from error
+  ok = isinstance(content, dict) and content.keys() >= set(names)
+  require(ok, str(path), type(content).__name__, f"a JSON object with the fields {', '.join(names) or '...'}")
+  return content
+
+
+def read_yaml(path: Path) -> Any:
+  """The content of a YAML file, which can hold plain values alone.
+
+  Raises `OSError`, or a `ValueError` where it is no YAML, or nested too deeply, or its aliases make too much of it.
+  """
+  text = path.read_text(encoding="utf-8")
+  try:
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    if node is None:
+      return None
+    if _expanded(node, {}) > MAX_EXPANDED:
+      raise ValueError("its aliases stand for too much")
+    content = loader.construct_document(node)
+  except Exception as error:  # a value that is not what its tag says is a KeyError, an IndexError, ...
+    raise ValueError(str(error) if isinstance(error, yaml.YAMLError | ValueError) else f"{error!r}") from error
+  _check_nesting(content)
+  return content
+
+
+def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+  """The size of a value with all that its aliases stand for; `known` has those of others, and 0 of what it is within."""
+  if node not in known:
+    known[node] = 0
+    size = 1
+    if isinstance(node, yaml.ScalarNode):
+      size += len(node.value)
+    else:
+      parts = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+      size += sum(_expanded(part, known) for part in parts)
+    known[node] = size
+  elif not known[node]:
+    raise ValueError("an alias stands for a value that it is within")
+  return known[node]
+
+
+def _check_nesting(content: Any) -> None:
+  level = [content]
+  for _ in range(MAX_NESTING):
+    level = [
+      inner for outer in level if isinstance(outer, dict | list | tuple)
+      for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]
+    if not level:
+      return
+  raise ValueError("it is nested too deeply")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -1,7 +1,6 @@
 """Runs every entry of a comparison with every seed, skips what is done, and writes what they say together."""
 
 import contextlib
-import json
 import signal
 import threading
 import time
@@ -24,6 +23,7 @@ from worldlm_jax import (
   train,
   trees,
   verdicts,
+  workdir as workdir_lib,
 )
 from worldlm_jax.data import batches as batches_lib, tokenizer as tokenizer_lib
 from worldlm_jax.entries import Planned
@@ -238,12 +238,12 @@ class _Comparison:
     folder = self._path(planned)
     summary = None
     if (folder / "summary.json").exists():
-      summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+      summary = checks.read_object(folder / "summary.json", "nodes", "tree", "seconds")
     return verdicts.Run(summary, metrics.read_jsonl(folder / "metrics.jsonl"))
 
   def _reason(self, planned: Planned) -> str | None:
     stopped = self._path(planned) / "stopped.json"
-    return json.loads(stopped.read_text(encoding="utf-8"))["reason"] if stopped.exists() else None
+    return checks.read_object(stopped, "reason")["reason"] if stopped.exists() else None
 
   def _path(self, planned: Planned) -> Path:
     return self.workdir / planned.folder
@@ -347,11 +347,7 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 
 def _record(folder: Path) -> dict[str, Any] | None:
   """The config.json of a run; None where there is none. What is not a run's is for train.run to refuse."""
-  try:
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  except (FileNotFoundError, NotADirectoryError, ValueError):
-    return None
-  return content if isinstance(content, dict) and {"config", "nodes"} <= content.keys() else None
+  return workdir_lib.read_record(folder / "config.json")
 
 
 def _listed(left: Sequence[Planned]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from worldlm_jax import checks, command, model_card, released
+from worldlm_jax import checks, command, model_card, released, tree_sources
 from worldlm_jax.data import tokenizer_files
 from worldlm_jax.model import llama
 
@@ -89,6 +89,8 @@ def write(model: released.Released, folder: Path, max_shard_bytes: int) -> None:
 
 
 def _folder(path: str) -> Path:
+  ok = path in (*SPECIAL, "./") or all(map(tree_sources.is_name, path.removesuffix("/").split("/")))
+  checks.require(ok, "--node", path, "a node whose path can be that of a folder", "export it alone, without --all")
   return Path(SPECIAL.get(path) or (f"{path}+" if path.endswith("/") else path))
 
 

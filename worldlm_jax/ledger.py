@@ -11,12 +11,14 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from worldlm_jax import (
+  checks,
   distributed,
   engine as engine_lib,
   fairness,
@@ -55,6 +57,15 @@ class Progress:
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
+def progress_of(record: dict[str, Any]) -> Progress:
+  """What a checkpoint says of where the run stands. Raises `InputError` where it is not what a run writes."""
+  blank = vars(Progress())
+  wrong = [name for name, value in record.items() if name not in blank or not isinstance(value, type(blank[name]))]
+  checks.require(not wrong, "checkpoint: record", wrong, "the fields that a run writes",
+                 "resume with the version that wrote it (config.json names it), or start afresh with --overwrite")
+  return Progress(**record)
+
+
 class Failure(NamedTuple):
   """What was not finite, and where."""
 
@@ -67,8 +78,9 @@ class Failure(NamedTuple):
 class Clock:
   """Divides all the time that passes among activities.
 
-  What the devices do is measured where it ends: a lap goes from one result's coming to the next one's. As long as the
-  host is ahead of them, that is what the devices took; where it is not, the host's own work is in it.
+  What the devices do is measured where it ends: a lap goes from one result's coming to the next one's, whenever
+  the host looks at it. As long as the host is ahead of them, that is what the devices took; where it is not, the host's
+  own work is in it.
   """
 
   def __init__(self, seconds: dict[str, float]):
@@ -79,14 +91,15 @@ class Clock:
     """Begins a lap; what has passed since the last one is nobody's."""
     self._begin, self._apart = time.perf_counter(), 0.0
 
-  def lap(self, name: str) -> None:
-    """Books what has passed since the last lap under `name`, but for what was booked apart."""
-    now = time.perf_counter()
-    self._book(name, max(0.0, now - self._begin - self._apart))
-    self._begin, self._apart = now, 0.0
+  def lap(self, name: str, end: float | None = None) -> None:
+    """Books what has passed between the last lap's end and `end` (now) under `name`, but for what was booked apart."""
+    end = max(self._begin, time.perf_counter() if end is None else end)
+    apart = min(self._apart, end - self._begin)  # what is more happens in a later lap
+    self._book(name, end - self._begin - apart)
+    self._begin, self._apart = end, self._apart - apart
 
   def apart(self, name: str, seconds: float) -> None:
-    """Books seconds of the present lap under another name."""
+    """Books seconds that are in no lap under a name of their own."""
     self._book(name, seconds)
     self._apart += seconds
 
@@ -98,6 +111,12 @@ class _Entry(NamedTuple):
   activity: str  # what the time is booked under until the results have come
   results: Any  # arrays; see `distributed.snapshot`
   make: Callable[[Any], None]
+  came: futures.Future[float]  # when they have, by `time.perf_counter`
+
+
+def _wait_for(results: Any) -> float:
+  jax.block_until_ready(results)
+  return time.perf_counter()
 
 
 class Ledger:
@@ -123,6 +142,7 @@ class Ledger:
     self._receipts = receipts
     self._show = show
     self._outstanding: collections.deque[_Entry] = collections.deque()
+    self._waiting = futures.ThreadPoolExecutor(1, "results")  # sees them come while the host does something else
     self._windows = 0  # of this process, not yet in `now.windows`
     self._compiled = engine.compile_seconds
     self._round_began = time.perf_counter()
@@ -136,9 +156,9 @@ class Ledger:
     """Makes entries, the oldest first, until no more than `most` are outstanding."""
     while len(self._outstanding) > most:
       entry = self._outstanding.popleft()
-      results = jax.device_get(entry.results)
+      came, results = entry.came.result(), jax.device_get(entry.results)
       if entry.activity:
-        self.clock.lap(entry.activity)
+        self.clock.lap(entry.activity, came)
       entry.make(results)
 
   def record(self) -> dict[str, Any]:
@@ -258,7 +278,7 @@ class Ledger:
   def _put(self, activity: str, results: Any, make: Callable[[Any], None]) -> None:
     self.clock.apart("compiling", self._engine.compile_seconds - self._compiled)
     self._compiled = self._engine.compile_seconds
-    self._outstanding.append(_Entry(activity, results, make))
+    self._outstanding.append(_Entry(activity, results, make, self._waiting.submit(_wait_for, results)))
     self.settle(OUTSTANDING)
 
   def _snapshot(self, results: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -28,6 +28,23 @@ def check_writable(name: str, path: Path) -> None:
     checks.fail(name, str(path), f"a file that can be written ({error.strerror})", "choose another place")
 
 
+def check_no_links_out(name: str, folder: Path) -> None:
+  """Raises `InputError` where something in a folder that will be written to is a link that leads out of it."""
+  if not folder.is_dir():
+    return
+  real = folder.resolve()
+  out = [str(path) for path in folder.rglob("*") if path.is_symlink() and not _resolved(path).is_relative_to(real)]
+  checks.require(not out, name, str(folder), "a folder without links that lead out of it",
+                 f"remove {', '.join(sorted(out)[:3])}, or put there what it leads to")
+
+
+def _resolved(link: Path) -> Path:
+  try:
+    return link.resolve()
+  except (OSError, RuntimeError):  # links that lead to each other
+    return link.absolute()
+
+
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
   """Appends one line per row, and returns once they would survive a power cut."""
   with _no_space_explained(path), path.open("a", encoding="utf-8") as file:
@@ -35,13 +52,16 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-  """All complete rows; a last line that was cut short is left out."""
+  """All complete rows, up to a line that is none: the last one may have been cut short."""
   rows = []
-  for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+  for line in path.read_bytes().splitlines() if path.exists() else ():
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
+      row = json.loads(line)
+    except (ValueError, RecursionError):
       break
+    if not isinstance(row, dict):
+      break
+    rows.append(row)
   return rows
 
 

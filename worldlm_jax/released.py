@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from worldlm_jax import algorithms, checkpoint, checks, config as config_lib, model, trees, workdir as workdir_lib
+from worldlm_jax import algorithms, checkpoint, checks, config as config_lib, model, trees, validation, workdir as workdir_lib
 from worldlm_jax.data import tokenizer as tokenizer_lib
 from worldlm_jax.exchange import trust as trust_lib
 from worldlm_jax.reporting import files
@@ -70,15 +70,17 @@ def load_nodes(
   """The models in use of several nodes, all in memory; see `load`."""
   run = open_run(workdir)
   check_nodes(run, paths)
-  config = _config(run)
-  loaded = tokenizer_lib.load(tokenizer or _tokenizer_of(run))
-  arch = algorithms.architecture(config, loaded)
+  with files.as_written(run.folder):
+    config = _config(run)
+    loaded = tokenizer_lib.load(tokenizer or _tokenizer_of(run))
+    arch = algorithms.architecture(config, loaded)
   stored, models = _newest(run, arch, paths, say or (lambda line: None))
-  now = stored.record
-  return [
-    Released(path, arch, params, loaded, config, run, trust, int(now["round"]), int(now["step"]), now["tokens"])
-    for path, (params, trust) in zip(paths, models, strict=True)
-  ]
+  with files.as_written(stored.folder):
+    now = stored.record
+    return [
+      Released(path, arch, params, loaded, config, run, trust, int(now["round"]), int(now["step"]), dict(now["tokens"]))
+      for path, (params, trust) in zip(paths, models, strict=True)
+    ]
 
 
 def open_run(workdir: str | Path) -> files.Run:
@@ -113,6 +115,7 @@ def _config(run: files.Run) -> config_lib.Config:
   config.model = known(config_lib.ModelConfig, record["model"], "model")
   config.model.attention = "auto"  # the run may have had another device
   config.data = known(config_lib.DataConfig, record["data"], "data")
+  validation.validate(config)
   return config
 
 

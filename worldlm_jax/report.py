@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from worldlm_jax import checks, command
+from worldlm_jax import checks, command, metrics
 from worldlm_jax.reporting import files
 
 if TYPE_CHECKING:
@@ -44,20 +44,21 @@ def report(workdir: str | Path, every_run: bool = False) -> Path:
       raise
     raise checks.InputError("matplotlib is not installed, with which the charts are drawn: "
                             "pip install 'worldlm_jax[report]'") from error
-  if isinstance(found, files.Run):
-    return _write(found.folder, *run_page.make(found, run_page.name_of(found)))
-  linked = []
-  for run in found.content["runs"]:
-    folder = found.run_folder(run)
-    if not (folder / "config.json").exists():
-      continue  # folders of runs may have been removed to make room
-    if every_run or _is_first(run, found):
-      title = f"{run['entry']}, seed {run['seed']}"
-      back = Path(os.path.relpath(found.folder, folder)).as_posix() + "/report.html"
-      _write(folder, *run_page.make(files.load_run(folder), title, back))
-    if (folder / "report.html").exists():
-      linked.append(run)
-  return _write(found.folder, *comparison_page.make(found, linked))
+  with files.as_written(found.folder):
+    if isinstance(found, files.Run):
+      return _write(found.folder, *run_page.make(found, run_page.name_of(found)))
+    linked = []
+    for run in found.content["runs"]:
+      folder = found.run_folder(run)
+      if not (folder / "config.json").exists():
+        continue  # folders of runs may have been removed to make room
+      if every_run or _is_first(run, found):
+        title = f"{run['entry']}, seed {run['seed']}"
+        back = Path(os.path.relpath(found.folder, folder)).as_posix() + "/report.html"
+        _write(folder, *run_page.make(files.load_run(folder), title, back))
+      if (folder / "report.html").exists():
+        linked.append(run)
+    return _write(found.folder, *comparison_page.make(found, linked))
 
 
 def _is_first(run: Mapping[str, Any], comparison: files.Comparison) -> bool:
@@ -66,6 +67,7 @@ def _is_first(run: Mapping[str, Any], comparison: files.Comparison) -> bool:
 
 def _write(folder: Path, html: str, charts: "list[figures.Chart]") -> Path:
   """The charts first and the page in one step, so that no page is ever half there."""
+  metrics.check_no_links_out("--workdir", folder)
   (folder / "report").mkdir(exist_ok=True)
   for chart in charts:
     (folder / "report" / f"{chart.name}.png").write_bytes(chart.png)

@@ -1,7 +1,6 @@
 """The main job: `run` trains a federation from a config, in a work directory that it can resume from."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ class _Run:
     if all(distributed.gather(finished)):
       self.reporter.message(f"{self.workdir} holds this run, finished; --overwrite starts afresh")
       self.checkpoints.close()
-      return json.loads(summary.read_text(encoding="utf-8"))
+      return checks.read_object(summary)
     feed = feed_lib.Feed(feed_lib.workloads(
       self.config, self.federation, self.texts.here, self.texts.train_tokens, self.rounds, (now.round, now.step),
       now.positions,
@@ -282,15 +281,15 @@ class _Run:
         self.reporter.message(f"resuming with other versions, so not to the same bits: {'; '.join(changed)}")
     distributed.check_shared(self.workdir)
     if (stopped := self.workdir / "stopped.json").exists():
-      raise FloatingPointError(f"this run cannot go on: {json.loads(stopped.read_text(encoding='utf-8'))['reason']}")
+      raise FloatingPointError(f"this run cannot go on: {checks.read_object(stopped, 'reason')['reason']}")
 
   def _restore_or_begin(self, abstract: state_lib.State) -> tuple[ledger_lib.Progress, state_lib.State]:
     restored = self.checkpoints.restore_newest(abstract, self.reporter.message)
-    now = ledger_lib.Progress(**restored.record) if restored else ledger_lib.Progress()
+    now = ledger_lib.progress_of(restored.record) if restored else ledger_lib.Progress()
     with distributed.agreed():
       if distributed.is_lead():
         for name in ("metrics.jsonl", "receipts.jsonl"):
-          metrics.keep_jsonl(self.workdir / name, lambda row: row["round"] < now.round)
+          metrics.keep_jsonl(self.workdir / name, lambda row: isinstance(row.get("round"), int) and row["round"] < now.round)
     if restored is not None:
       self.reporter.message(f"resuming {self.workdir} after {now.round} of {len(self.rounds)} rounds")
       return now, restored.state

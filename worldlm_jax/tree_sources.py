@@ -6,11 +6,10 @@ between two nodes.
 
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from worldlm_jax import checks, config as config_lib, validation
 from worldlm_jax.config import Node
@@ -18,6 +17,8 @@ from worldlm_jax.data import cache, files, synthetic
 
 ROOT = "."
 MAX_TAGS = 10_000
+MAX_NAME_BYTES = 200  # file systems take 255
+MAX_DEPTH = 100
 _YAML_SOURCES: dict[str, type] = {
   "files": config_lib.Files, "stdlib": config_lib.StandardLibrary, "tfds": config_lib.Tfds,
   "huggingface": config_lib.HuggingFace, "synthetic": config_lib.Synthetic,
@@ -51,12 +52,24 @@ def title(path: str, name: str) -> str:
   return name + path.removeprefix(ROOT) if path in (ROOT, f"{ROOT}/") else path
 
 
+def is_name(name: str) -> bool:
+  """Whether a node may be called so where its name comes from outside: it can then be a folder's, on one line."""
+  odd = any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+  return not odd and "/" not in name and name not in ("", ".", "..") and len(name.encode()) <= MAX_NAME_BYTES
+
+
 def walk(node: Node, path: str = ROOT) -> Iterable[tuple[str, Node]]:
   """All nodes with their paths, parents before children."""
   validation.validate_node(node, f"node {path!r}")
   yield path, node
   for child in node.children:
     yield from walk(child, child.name if path == ROOT else f"{path}/{child.name}")
+
+
+def _check_name(where: str, name: str) -> None:
+  checks.require(is_name(name) or "/" in name or name in (".", ".."), where, name,
+                 f"a name of at most {MAX_NAME_BYTES} bytes, without line ends and other control characters",
+                 "rename the node")
 
 
 def _tree_from_top_folder(name: str) -> Node:
@@ -68,6 +81,7 @@ def _tree_from_top_folder(name: str) -> Node:
 def _tree_from_folder(folder: Path, name: str, above: frozenset[Path] = frozenset()) -> Node:
   """Each folder is a node; one that holds readable files has data. Hidden folders are left out."""
   real = folder.resolve()
+  checks.require(len(above) < MAX_DEPTH, "config.federation.folder", str(folder), f"at most {MAX_DEPTH} levels of folders")
   checks.require(real not in above, "config.federation.folder", str(folder), "a folder that does not lead back to one "
                  "above it", "remove the link")
   try:
@@ -88,8 +102,8 @@ def _tree_from_folder(folder: Path, name: str, above: frozenset[Path] = frozense
 def _tree_from_yaml(path: Path) -> Node:
   """Nested mappings with the keys name, data, settings, children."""
   try:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    content = checks.read_yaml(path)
+  except (OSError, ValueError) as error:
     raise checks.InputError(f"config.federation.yaml={str(path)!r}: expected a readable YAML file; {error}") from error
 
   def build(entry: Any, where: str) -> Node:
@@ -99,6 +113,7 @@ def _tree_from_yaml(path: Path) -> Node:
       checks.one_of(f"{path}: {where}: key", key, ("name", "data", "settings", "children"))
     name = str(entry.get("name") or checks.fail(f"{path}: {where}: name", entry.get("name"), "a name",
                                                 "quote it if it is a word like no, which YAML takes for false"))
+    _check_name(f"{path}: {where}: name", name)
     here = f"{where} / {name}"
     children, settings = entry.get("children") or [], entry.get("settings") or {}
     data = entry.get("data")
@@ -123,7 +138,7 @@ def _source_from_yaml(data: Any, base: Path, where: str) -> config_lib.Source:
   source = _YAML_SOURCES[kind](**values)
   validation.validate_types(source, f"{where}: {kind}")
   if isinstance(source, config_lib.Files):
-    source.path = str(base / Path(source.path).expanduser())
+    source.path = str(base / os.path.expanduser(source.path))
   return source
 
 
@@ -141,9 +156,12 @@ def _tree_from_tags(source: config_lib.Source, data: config_lib.DataConfig) -> N
   root = Node(Path(getattr(source, "path", "") or getattr(source, "name", "")).name.partition(".")[0] or "world")
   for tag in tags:
     node = root
+    checks.require(tag.count("/") < MAX_DEPTH, f"config.federation.documents: {source.node_field}", tag,
+                   f"the path of a node at most {MAX_DEPTH} levels down")
     for name in [] if tag == ROOT else tag.split("/"):
       checks.require(name not in ("", ".", ".."), f"config.federation.documents: {source.node_field}", tag,
                      "the path of a node, such as 'law/eu', or '.' for the root")
+      _check_name(f"config.federation.documents: {source.node_field}", name)
       child = next((child for child in node.children if child.name == name), None)
       if child is None:
         child = Node(name)

@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -100,7 +99,7 @@ def claim(workdir: Path, description: dict[str, Any], *, overwrite: bool) -> lis
   """
   _make(workdir)
   record = workdir / "config.json"
-  there = _read_record(record)
+  there = read_record(record)
   if there and overwrite:
     for name in ("checkpoints", "damaged", "tensorboard", "report"):
       shutil.rmtree(workdir / name, ignore_errors=True)
@@ -143,9 +142,10 @@ def check_space(workdir: Path, state_bytes: int, config: config_lib.CheckpointCo
 def _make(workdir: Path) -> None:
   """Makes the folder. Raises `ValueError` if it holds something else than a run, or the beginnings of one."""
   checks.require(not workdir.exists() or workdir.is_dir(), "--workdir", str(workdir), "a folder")
+  metrics.check_no_links_out("--workdir", workdir)
   begun = (LOCK, "config.json.new")
   foreign = workdir.exists() and any(path.name not in begun for path in workdir.iterdir())
-  checks.require(not foreign or _read_record(workdir / "config.json") is not None, "--workdir", str(workdir),
+  checks.require(not foreign or read_record(workdir / "config.json") is not None, "--workdir", str(workdir),
                  "a new or empty folder, or one that holds a run (it has files, but no config.json of a run)",
                  "choose another folder; --overwrite does not delete what is not a run's")
   try:
@@ -168,13 +168,17 @@ def _changed_versions(there: dict[str, Any]) -> list[str]:
   return [f"{name} {old} then, {now.get(name)} now" for name, old in there["versions"].items() if now.get(name) != old]
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
   """The content of a run's config.json; None where there is none, or one that is not a run's."""
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = checks.read_json(path)
   except (FileNotFoundError, NotADirectoryError, ValueError):
     return None
-  return content if isinstance(content, dict) and {"config", "nodes", "versions"} <= content.keys() else None
+  content = content if isinstance(content, dict) else {}
+  if not all(isinstance(content.get(name), dict) for name in ("config", "nodes", "versions")):
+    return None
+  nodes = all(isinstance(node, dict) and {"settings", "digest"} <= node.keys() for node in content["nodes"].values())
+  return content if nodes and isinstance(content["config"].get("data"), dict) else None
 
 
 def comparable(description: dict[str, Any]) -> dict[str, Any]:

@@ -318,7 +318,7 @@ def tags(source: config.Files | config.Tfds | config.HuggingFace, data: config.D
   corpus = sources.open_base(source, data.invalid_utf8)
   record = folder(data) / f"tags-{corpus.fingerprint[:32]}.json"
   with contextlib.suppress(OSError, ValueError):
-    return json.loads(record.read_text(encoding="utf-8"))
+    return checks.read_json(record)
   found = sorted({document.tag for document in corpus.documents()})
   with _explained(record.parent):
     record.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def open_files(source: config.Files, invalid_utf8: str) -> Corpus:
 def _files_by_split(path: str) -> list[tuple[Path, str]]:
   """The files to read with the split of each, in the order of reading."""
   place = Path(os.path.expanduser(path))
-  checks.require(bool(path) and place.exists(), "Files.path", path, "an existing file or folder",
+  checks.require(bool(path) and os.path.exists(place), "Files.path", path, "an existing file or folder",
                  "correct the path; a relative one starts from the current directory")
   try:
     visible = [file for file in sorted(place.iterdir()) if not file.name.startswith(".")] if place.is_dir() else [place]

@@ -4,10 +4,12 @@ Both rotate the first half of a head with the second, so that nothing is permute
 Weights are read and written as safetensors, in one file or several with an index.
 """
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,9 +144,11 @@ def model_config(folder: Path) -> dict[str, Any]:
   """
   where = folder / CONFIG
   try:
-    found = json.loads(where.read_text(encoding="utf-8"))
+    found = checks.read_json(where)
   except (OSError, ValueError) as error:
     checks.fail("config.model.init_from", str(folder), f"a folder of a Hugging Face model, with {CONFIG}", str(error))
+
+  checks.require(isinstance(found, dict), str(where), type(found).__name__, "a JSON object")
 
   def refuse_unless(ok: bool, field: str, expected: str) -> None:
     checks.require(ok, f"{where}: {field}", found.get(field), expected, "models of other kinds cannot be continued")
@@ -153,22 +157,30 @@ def model_config(folder: Path) -> dict[str, Any]:
   refuse_unless(found.get("hidden_act", "silu") in ("silu", "swish"), "hidden_act", "'silu'")
   for field in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config", "num_experts"):
     refuse_unless(not found.get(field), field, "none")
+  for field in ("rope_parameters", "rope_scaling"):
+    refuse_unless(isinstance(found.get(field) or {}, dict), field, "a JSON object")
   rope = (found.get("rope_parameters") or {}) | (found.get("rope_scaling") or {})
   kind = rope.get("rope_type", rope.get("type", "default"))
   scaled = "rope_scaling" if found.get("rope_scaling") else "rope_parameters"
   refuse_unless(kind == "default" and rope.get("partial_rotary_factor", 1) == 1, scaled, "rotary positions as they are")
   refuse_unless(found.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor", "1")
   needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-  for field in needed:
-    refuse_unless(isinstance(found.get(field), int), field, "a whole number")
+  for field in (*needed, *(field for field in ("num_key_value_heads", "head_dim") if found.get(field))):
+    value = found.get(field)
+    ok = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    refuse_unless(ok, field, "a whole number from 1, below 2^31")
   heads, width = found["num_attention_heads"], found["hidden_size"]
   refuse_unless((found.get("head_dim") or width // heads) * heads == width, "head_dim", f"{width} / {heads}")
   theta = rope.get("rope_theta", found.get("rope_theta")) or 10_000.0  # the defaults are those of LlamaConfig
+  epsilon = found.get("rms_norm_eps", 1e-6)
+  for field, number in (("rope_theta", theta), ("rms_norm_eps", epsilon)):
+    ok = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < 2**127
+    checks.require(ok, f"{where}: {field}", number, "a positive number")
   return {
     "num_layers": found["num_hidden_layers"], "d_model": width, "num_heads": heads,
     "num_kv_heads": found.get("num_key_value_heads") or heads, "d_ff": found["intermediate_size"],
     "vocab_size": found["vocab_size"], "rope_base": float(theta),
-    "norm_epsilon": float(found.get("rms_norm_eps", 1e-6)), "tied_head": bool(found.get("tie_word_embeddings", False)),
+    "norm_epsilon": float(epsilon), "tied_head": bool(found.get("tie_word_embeddings", False)),
   }
 
 
@@ -210,14 +222,17 @@ def read(folder: Path, arch: Architecture) -> Params:
 
   def weight(name: str) -> np.ndarray:
     file = files[name]
-    if file not in handles:
-      handles[file] = library.safe_open(file, framework="numpy")
-    found = handles[file].get_slice(name)
-    kind, shape = found.get_dtype(), tuple(found.get_shape())
+    with _explained(file):
+      if file not in handles:
+        handles[file] = library.safe_open(file, framework="numpy")
+      found = handles[file].get_slice(name)
+      kind, shape = found.get_dtype(), tuple(found.get_shape())
     checks.require(kind in DTYPES, f"{file}: {name}", kind, f"one of {', '.join(DTYPES)}",
                    "quantised weights cannot be read")
     checks.require(shape == shapes[name], f"{file}: {name}", shape, f"the shape {shapes[name]} of its config.json")
-    return np.asarray(handles[file].get_tensor(name), np.float32)
+    with _explained(file):
+      tensor = handles[file].get_tensor(name)
+    return np.asarray(tensor, np.float32)
 
   return params_of(arch, weight)
 
@@ -226,18 +241,26 @@ def _files(folder: Path) -> dict[str, Path]:
   """By name of a weight, the file that it is in."""
   library, index = _safetensors(), folder / INDEX
   if index.exists():
-    where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    lost = sorted({file for file in where.values() if not (folder / file).is_file()})
+    where = checks.read_object(index, "weight_map")["weight_map"]
+    ok = isinstance(where, dict) and all(isinstance(file, str) and Path(file).name == file for file in where.values())
+    checks.require(ok, f"{index}: weight_map", type(where).__name__, "names of files in the folder, by weight")
+    lost = sorted({file for file in where.values() if not os.path.isfile(folder / file)})
     checks.require(not lost, str(index), lost[:3], "files that are there", "fetch all files of the model")
     return {name: folder / file for name, file in where.items()}
   single = folder / WEIGHTS
   checks.require(single.is_file(), "config.model.init_from", str(folder), f"a folder with {WEIGHTS} or {INDEX}",
                  "convert other files with save_pretrained of transformers")
+  with _explained(single), library.safe_open(single, framework="numpy") as file:
+    names = list(file.keys())
+  return dict.fromkeys(names, single)
+
+
+@contextlib.contextmanager
+def _explained(file: Path) -> Iterator[None]:
   try:
-    with library.safe_open(single, framework="numpy") as file:
-      return dict.fromkeys(file.keys(), single)
-  except library.SafetensorError as error:
-    checks.fail("config.model.init_from", str(single), f"a file of safetensors ({error})", "fetch it again")
+    yield
+  except Exception as error:  # the library has errors of its own, and those of the file system
+    checks.fail("config.model.init_from", str(file), f"a file of safetensors ({error})", "fetch it again")
 
 
 def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

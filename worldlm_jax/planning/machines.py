@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml
 
 from worldlm_jax import checks, partition
 
@@ -99,8 +98,8 @@ def load(name: str) -> Machine:
   hint = checks.did_you_mean(name, (HERE, *NAMED)) or "docs/plan.md shows such a file"
   checks.require(path.is_file(), "--machine", name, f"one of {known}, or a YAML file that describes one", hint)
   try:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    content = checks.read_yaml(path)
+  except (ValueError, OSError) as error:
     raise checks.InputError(f"--machine={name!r}: cannot be read as YAML ({error})".replace("\n", " ")) from error
   return _from_fields(content, name)
 

@@ -1,9 +1,9 @@
 """What a report is made of: the files of a run or of a comparison, read into plain data."""
 
+import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,18 @@ class Comparison:
     return folder
 
 
+@contextlib.contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+  """What goes wrong with records that are not as this version writes them is an `InputError` that says so."""
+  try:
+    yield
+  except checks.InputError:
+    raise
+  except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+    raise checks.InputError(f"{folder}: expected the records of a run or a comparison as this version writes them "
+                            f"({type(error).__name__}: {error}); make it again with this version") from error
+
+
 def load(workdir: str | Path) -> Run | Comparison:
   """Reads what a folder holds.
 
@@ -168,10 +180,11 @@ def load_run(folder: Path) -> Run:
   record = _read(folder / "config.json", ("config", "nodes", "versions"))
   summary = _read(folder / "summary.json", ("nodes", "tree", "seconds")) if (folder / "summary.json").exists() else None
   stopped = _read(folder / "stopped.json", ("reason",)) if (folder / "stopped.json").exists() else {"reason": ""}
-  tree = Tree.of(record["nodes"])
-  checks.require(set(tree.paths) == set(record["nodes"]), f"{folder / 'config.json'}: nodes", list(record["nodes"])[:8],
-                 "a tree: one root, and everybody else's parent")
-  rows = tuple(row for row in metrics.read_jsonl(folder / "metrics.jsonl") if row["node"] in record["nodes"])
+  with as_written(folder):
+    tree = Tree.of(record["nodes"])
+    checks.require(set(tree.paths) == set(record["nodes"]), f"{folder / 'config.json'}: nodes",
+                   list(record["nodes"])[:8], "a tree: one root, and everybody else's parent")
+    rows = tuple(row for row in metrics.read_jsonl(folder / "metrics.jsonl") if row["node"] in record["nodes"])
   receipts = tuple(metrics.read_jsonl(folder / "receipts.jsonl"))
   return Run(folder, record, rows, summary, str(stopped["reason"]), tree, receipts)
 
@@ -180,16 +193,17 @@ def _load_comparison(folder: Path) -> Comparison:
   path = folder / "comparison.json"
   content = _read(path, ("own", "alone", "entries", "seeds", "nodes", "results", "verdicts", "runs"))
   nodes = content["nodes"]
-  tree = Tree.of(nodes)
-  checks.require(set(tree.paths) == set(nodes), f"{path}: nodes", list(nodes)[:8],
-                 "a tree: one root, and everybody else's parent")
+  with as_written(folder):
+    tree = Tree.of(nodes)
+    checks.require(set(tree.paths) == set(nodes), f"{path}: nodes", list(nodes)[:8],
+                   "a tree: one root, and everybody else's parent")
   return Comparison(folder, content, tree)
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
   """A JSON object that has the fields `names`."""
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = checks.read_json(path)
   except (ValueError, OSError) as error:
     raise checks.InputError(f"{path}: expected JSON as the run or comparison wrote it ({error}); "
                             "run it again with --overwrite") from error
