@@ -159,6 +159,15 @@ def tree():
   )
 
 
+def small_tree():
+  """As uneven, with fewer levels to compile."""
+  return language(
+    "world", language("north", language("fjord"), language("isle", local_steps=0), text=False,
+                      rounds_per_parent_round=2),
+    language("south", language("delta"), language("plain")), text=False,
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "changes"), [
   ("worldlm", {"key_layers": c.KeyLayerConfig(candidates="both", residuals_per_layer=2, residuals_received=3)}),
@@ -166,7 +175,7 @@ def tree():
 ])
 @pytest.mark.usefixtures("on_one_device")
 def test_bytes_are_those_that_a_run_counts(tmp_path, algorithm, changes):
-  config = texts_of(tree(), algorithm=algorithm, **changes)
+  config = texts_of(small_tree(), algorithm=algorithm, **changes)
   train.run(config, tmp_path)
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   counted = [{} for _ in range(1 + max(row["round"] for row in rows))]
