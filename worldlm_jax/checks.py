@@ -89,7 +89,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-  """The size of a value with all that its aliases stand for; `known` has those of others, and 0 of what it is within."""
+  """How large a value is with all that its aliases stand for; `known` has that of others, and 0 for those around it."""
   if node not in known:
     known[node] = 0
     size = 1

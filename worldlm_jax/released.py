@@ -14,7 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from worldlm_jax import algorithms, checkpoint, checks, config as config_lib, model, trees, validation, workdir as workdir_lib
+from worldlm_jax import (
+  algorithms,
+  checkpoint,
+  checks,
+  config as config_lib,
+  model,
+  trees,
+  validation,
+  workdir as workdir_lib,
+)
 from worldlm_jax.data import tokenizer as tokenizer_lib
 from worldlm_jax.exchange import trust as trust_lib
 from worldlm_jax.reporting import files

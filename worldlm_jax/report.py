@@ -44,6 +44,7 @@ def report(workdir: str | Path, every_run: bool = False) -> Path:
       raise
     raise checks.InputError("matplotlib is not installed, with which the charts are drawn: "
                             "pip install 'worldlm_jax[report]'") from error
+  metrics.check_no_links_out("--workdir", found.folder)
   with files.as_written(found.folder):
     if isinstance(found, files.Run):
       return _write(found.folder, *run_page.make(found, run_page.name_of(found)))
@@ -67,7 +68,6 @@ def _is_first(run: Mapping[str, Any], comparison: files.Comparison) -> bool:
 
 def _write(folder: Path, html: str, charts: "list[figures.Chart]") -> Path:
   """The charts first and the page in one step, so that no page is ever half there."""
-  metrics.check_no_links_out("--workdir", folder)
   (folder / "report").mkdir(exist_ok=True)
   for chart in charts:
     (folder / "report" / f"{chart.name}.png").write_bytes(chart.png)

@@ -288,8 +288,9 @@ class _Run:
     now = ledger_lib.progress_of(restored.record) if restored else ledger_lib.Progress()
     with distributed.agreed():
       if distributed.is_lead():
+        done = range(now.round)
         for name in ("metrics.jsonl", "receipts.jsonl"):
-          metrics.keep_jsonl(self.workdir / name, lambda row: isinstance(row.get("round"), int) and row["round"] < now.round)
+          metrics.keep_jsonl(self.workdir / name, lambda row: row.get("round") in done)
     if restored is not None:
       self.reporter.message(f"resuming {self.workdir} after {now.round} of {len(self.rounds)} rounds")
       return now, restored.state

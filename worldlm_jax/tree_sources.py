@@ -81,7 +81,8 @@ def _tree_from_top_folder(name: str) -> Node:
 def _tree_from_folder(folder: Path, name: str, above: frozenset[Path] = frozenset()) -> Node:
   """Each folder is a node; one that holds readable files has data. Hidden folders are left out."""
   real = folder.resolve()
-  checks.require(len(above) < MAX_DEPTH, "config.federation.folder", str(folder), f"at most {MAX_DEPTH} levels of folders")
+  checks.require(len(above) < MAX_DEPTH, "config.federation.folder", str(folder),
+                 f"at most {MAX_DEPTH} levels of folders")
   checks.require(real not in above, "config.federation.folder", str(folder), "a folder that does not lead back to one "
                  "above it", "remove the link")
   try:

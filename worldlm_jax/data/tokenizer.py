@@ -1,8 +1,9 @@
 """Tokenizers: bytes, or a JSON file of the Hugging Face `tokenizers` library."""
 
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -71,14 +72,10 @@ class HuggingFaceTokenizer:
   def __init__(self, path: str):
     import tokenizers  # only those who use it wait for it
 
-    try:
+    self._path = path
+    with self._explained():
       content = Path(path).expanduser().read_bytes()
       self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exceptions
-      raise checks.InputError(
-        f"config.data.tokenizer={path!r}: expected a JSON file of the tokenizers library ({error}); save it with "
-        "tokenizers.Tokenizer.save, or set config.data.tokenizer=bytes"
-      ) from error
     # A file may ask for truncation, padding or special tokens found in the text; documents must stay whole.
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
@@ -91,26 +88,44 @@ class HuggingFaceTokenizer:
     self.name = f"{Path(path).name}@{hashlib.sha256(content).hexdigest()[:8]}"
     self.vocab_size = max(vocabulary.values()) + 1  # ids need not be consecutive
     self.separator_id = vocabulary[separator]
+    checks.require(self.vocab_size < 2**31, "config.data.tokenizer", path, f"ids below 2^31, not {self.vocab_size - 1}")
     checks.require(self.separator_id not in self.encode(separator), "config.data.tokenizer", path,
                    f"{separator!r} to be a special token, but a text that spells it out contains it too",
                    "add it with tokenizers.Tokenizer.add_special_tokens")
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    """What the library makes of a bad file, at once or with some text, is an `InputError` that names the file."""
+    try:
+      yield
+    except BaseException as error:  # it raises bare Exceptions; and where it panics, what is none
+      if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise
+      raise checks.InputError(
+        f"config.data.tokenizer={self._path!r}: expected a JSON file of the tokenizers library ({error}); save it with "
+        "tokenizers.Tokenizer.save, or set config.data.tokenizer=bytes"
+      ) from error
 
   def to_json(self) -> str:
     """The library's own description of it."""
     return str(self._tokenizer.to_str())
 
   def encode(self, text: str) -> np.ndarray:
-    return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    with self._explained():
+      ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+    return np.asarray(ids, np.int32)
 
   def pack(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    # The library spreads a batch over all cores.
-    ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    with self._explained():  # the library spreads a batch over all cores
+      ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
     separated = itertools.chain.from_iterable((self.separator_id, *part) for part in ids)
     starts = _starts([len(part) for part in ids])
     return np.fromiter(separated, token_dtype(self), sum(map(len, ids)) + len(ids)), starts
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    return self._tokenizer.decode([int(i) for i in ids if i != self.separator_id])
+    with self._explained():
+      text = self._tokenizer.decode([int(i) for i in ids if i != self.separator_id])
+    return text
 
 
 def _starts(lengths: Sequence[int]) -> np.ndarray:

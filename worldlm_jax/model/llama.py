@@ -27,6 +27,7 @@ NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layern
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MAX_LAYERS = 10_000
 DTYPES = ("F32", "BF16", "F16")  # of weights that can be read
 
 
@@ -167,8 +168,9 @@ def model_config(folder: Path) -> dict[str, Any]:
   needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
   for field in (*needed, *(field for field in ("num_key_value_heads", "head_dim") if found.get(field))):
     value = found.get(field)
-    ok = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-    refuse_unless(ok, field, "a whole number from 1, below 2^31")
+    most = MAX_LAYERS if field == "num_hidden_layers" else 2**31 - 1
+    ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+    refuse_unless(ok, field, f"a whole number from 1 to {most}")
   heads, width = found["num_attention_heads"], found["hidden_size"]
   refuse_unless((found.get("head_dim") or width // heads) * heads == width, "head_dim", f"{width} / {heads}")
   theta = rope.get("rope_theta", found.get("rope_theta")) or 10_000.0  # the defaults are those of LlamaConfig
