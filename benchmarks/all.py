@@ -39,7 +39,7 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "rounds": ("--models=nano", "--nodes=2", "--algorithms=worldlm", "--settings=default", "--blocks=1",
                "--rounds_per_block=1", *SHORT),
     "fedavg": ("--models=nano", "--nodes=2", "--moments=keep", "--repeats=1", *SHORT),
-    "exchange": ("--models=nano", "--nodes=4", "--repeats=1"),
+    "exchange": ("--models=nano", "--candidates=everybody", "--nodes=4", "--repeats=1"),
     "growth": ("--axes=depths", "--depths=2", "--leaves=2", "--model=nano", "--repeats=1", *SHORT),
     "utilisation": ("--model=nano", "--nodes=2", "--peak_tflops=1", "--repeats=1", *SHORT),
     "data": ("speed", "--megabytes=0.3", "--repeats=1"),
