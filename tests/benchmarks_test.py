@@ -130,6 +130,7 @@ def get_config(part):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # train_test kills at chosen places
 def test_what_was_killed_after_some_more_rounds_loses_nothing(tmp_path):
   (tmp_path / "tiny.py").write_text(TINY)
   config = f"{tmp_path / 'tiny.py'}:kills"

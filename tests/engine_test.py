@@ -68,7 +68,8 @@ def check_against_oracle(rounds, config, num_rounds=2, absent=(), num_devices=1)
 
 @pytest.mark.parametrize(("key_layers", "mode", "num_devices"), [
   ({"values": "layers", "similarity": "param_cosine"}, "sequential", 1),
-  ({"values": "layers", "similarity": "scaled_dot", "granularity": "tensor"}, "moments, tokens", 8),
+  pytest.param({"values": "layers", "similarity": "scaled_dot", "granularity": "tensor"}, "moments, tokens", 8,
+               marks=pytest.mark.exhaustive),
   ({"values": "layers", "similarity": "centered_cosine", "prior": "weights"}, "absent", 1),
   ({"values": "layers", "similarity": "update_cosine", "granularity": "all", "residuals_per_layer": 2}, "server", 1),
   ({"values": "layers", "similarity": "validation_loss", "residuals_received": 2}, "acceptance", 1),

@@ -135,7 +135,10 @@ def test_no_noise_and_no_clip_change_no_bit(rounds, local_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedper", "hierfavg", "worldlm_paper"])
+@pytest.mark.parametrize("algorithm", [
+  "fedavg", "worldlm_paper", pytest.param("fedper", marks=pytest.mark.exhaustive),
+  pytest.param("hierfavg", marks=pytest.mark.exhaustive),
+])
 def test_no_noise_and_no_clip_change_no_bit_of_any_algorithm(rounds, algorithm):
   config = private_config(rounds, flat_tree(rounds), algorithm=algorithm, privacy_clip=math.inf, privacy_noise=0.0)
   config.federation.root.children[2].settings = {}
