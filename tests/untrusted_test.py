@@ -354,6 +354,8 @@ def test_links_out_of_a_work_directory_are_not_followed(run_folder: Path, tmp_pa
 def test_links_within_a_work_directory_and_to_it_are_fine(run_folder: Path, tmp_path: Path) -> None:
   shutil.copytree(run_folder, tmp_path / "run")
   (tmp_path / "run" / "newest").symlink_to("checkpoints/20000")
+  (tmp_path / "run" / "wandb" / "logs").mkdir(parents=True)
+  (tmp_path / "run" / "wandb" / "logs" / "core.log").symlink_to(tmp_path / "log of Weights & Biases")
   (tmp_path / "link").symlink_to(tmp_path / "run")
   workdir.claim(tmp_path / "link", DESCRIPTION, overwrite=False)
 

@@ -164,7 +164,7 @@ class _Comparison:
     if planned in self.done or planned in self.to_redo:
       return planned in self.done
     folder = self._path(planned)
-    there = _record(folder)
+    there = workdir_lib.read_record(folder / "config.json")
     if there is None or not ((folder / "summary.json").exists() or (folder / "stopped.json").exists()):
       return False
     digests = {path: node["digest"] for path, node in there["nodes"].items() if node["digest"] is not None}
@@ -175,7 +175,7 @@ class _Comparison:
 
   def _check_same_run(self, planned: Planned) -> None:
     """Refuses a folder whose run differs. What this cannot see, as texts that have moved, is for train.run."""
-    record = _record(self._path(planned))
+    record = workdir_lib.read_record(self._path(planned) / "config.json")
     if record is not None:
       there, here = (
         _comparable(config) | {"federation": None} for config in (record["config"], config_lib.to_dict(planned.config))
@@ -343,11 +343,6 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in config.items() if name not in WITHOUT_EFFECT} | {
     "data": {name: value for name, value in config["data"].items() if name != "cache"}
   }
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-  """The config.json of a run; None where there is none. What is not a run's is for train.run to refuse."""
-  return workdir_lib.read_record(folder / "config.json")
 
 
 def _listed(left: Sequence[Planned]) -> str:

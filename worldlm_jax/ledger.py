@@ -161,6 +161,10 @@ class Ledger:
         self.clock.lap(entry.activity, came)
       entry.make(results)
 
+  def close(self) -> None:
+    """Waits for nothing more; what is outstanding is lost."""
+    self._waiting.shutdown(wait=False, cancel_futures=True)
+
   def record(self) -> dict[str, Any]:
     """`now` as plain JSON, after `settle`. Collective."""
     assert not self._outstanding
@@ -305,7 +309,7 @@ class Ledger:
     position = self.now.positions.get(member.identity, 0)
     if count < work.steps[row]:
       loss = float(losses_S[count])
-      what = f"the gradient is not finite (loss {loss:.4g})" if np.isfinite(loss) else f"loss is {loss}"
+      what = f"the gradient or the step is not finite (loss {loss:.4g})" if np.isfinite(loss) else f"loss is {loss}"
       where = f", step {position + count + 1} of the node's own (not taken: the node stayed as it was before it)"
       self._fail(what, path, index, where)
     self.now.positions[member.identity] = position + int(work.steps[row])

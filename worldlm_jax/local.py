@@ -4,9 +4,8 @@ One node trains in a loop of as many steps as it has (`train_node`); the nodes o
 side, spread over the devices (`train_nodes`). A wave takes as long as its longest member, and a wave
 of one node per device computes nothing in vain.
 
-A step whose loss or gradient is not finite is not taken (it leaves the parameters as they were, and moments as
-after a gradient of zero), and the node stops there, so that what was good can be saved and the step be named.
-Of finite gradients, clipping and Adam make finite steps.
+A step whose loss, gradient or length is not finite is not taken, and the node stops there, so that the last good
+parameters can be saved and the step be named. Moments stay finite, and are not taken back.
 
 Shapes: N nodes of a level, S steps, B windows per step, W tokens per window.
 """
@@ -132,9 +131,10 @@ def train_node(
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     # Nothing to choose between: where old moments may be wanted beside new ones, all of them are copied in each step.
     grads = trees.where(finite, grads, trees.zeros_like(grads))
-    rate = jnp.where(finite, work.learning_rates[i], 0.0)
     updates, state = tx.update(grads, state, params)
-    params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
+    updates = jax.tree.map(lambda u: -work.learning_rates[i] * u, updates)
+    finite &= jnp.isfinite(optax.tree.norm(updates))
+    params = optax.apply_updates(params, trees.where(finite, updates, trees.zeros_like(updates)))
     return i + finite, finite, params, state, losses_S.at[i].set(loss / num_tokens), tokens + finite * num_tokens
 
   losses_S = jnp.full(max_steps, jnp.nan, jnp.float32)

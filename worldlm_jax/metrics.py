@@ -29,11 +29,15 @@ def check_writable(name: str, path: Path) -> None:
 
 
 def check_no_links_out(name: str, folder: Path) -> None:
-  """Raises `InputError` where something in a folder that will be written to is a link that leads out of it."""
+  """Raises `InputError` where something in a folder that will be written to is a link that leads out of it.
+
+  Within `wandb/`, Weights & Biases has links of its own to its logs.
+  """
   if not folder.is_dir():
     return
   real = folder.resolve()
-  out = [str(path) for path in folder.rglob("*") if path.is_symlink() and not _resolved(path).is_relative_to(real)]
+  links = (path for path in folder.rglob("*") if path.is_symlink() and folder / "wandb" not in path.parents)
+  out = [str(link) for link in links if not _resolved(link).is_relative_to(real)]
   checks.require(not out, name, str(folder), "a folder without links that lead out of it",
                  f"remove {', '.join(sorted(out)[:3])}, or put there what it leads to")
 

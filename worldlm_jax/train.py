@@ -148,6 +148,7 @@ class _Run:
     finally:
       self.reporter.stop()
       feed.stop()
+      self.ledger.close()
       self.checkpoints.close()
       if self.watchers is not None:
         self.watchers.close()
