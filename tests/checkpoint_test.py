@@ -77,11 +77,13 @@ def test_any_mesh_restores_what_any_other_has_saved(
   checkpoints.close()
 
 
+@pytest.mark.parametrize("small", [0, checkpoint.SMALL], ids=["on the devices", "by the host"])
 def test_the_checksum_is_that_of_the_rows_alone_and_changes_with_any_of_them(
-  tmp_path: Path, tree: federation.Federation
+  tmp_path: Path, tree: federation.Federation, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   checkpoints = _checkpoints(tmp_path / "checkpoints", tree)
   first = checkpoints._checksum(_state(MESHES[0]))
+  monkeypatch.setattr(checkpoint, "SMALL", small)
   assert all(checkpoints._checksum(_state(shape)) == first for shape in MESHES)
   for name in _arrays(1):
     root, leaves = _state((2, 2, 2))

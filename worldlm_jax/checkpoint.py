@@ -29,6 +29,7 @@ from worldlm_jax.federation import Federation
 from worldlm_jax.state import State
 
 SIZES = "sizes.json"
+SMALL = 2**20  # bytes of an array: a host has so many summed up before a program for it is compiled
 A_CENTURY = 100 * 365 * 86_400  # in seconds
 
 
@@ -161,16 +162,11 @@ class Checkpoints:
     }
 
   def _checksum(self, state: State) -> str:
-    """Of all arrays, without ghosts; see `_shard_checksums`. Waits for the devices; collective."""
+    """One number for each array, without ghosts; see `_sum_of_bits`. Waits for the devices; collective."""
     found = [
-      (leaf, _shard_checksums(leaf.sharding)(leaf, np.int32(n)))
-      for n, level in zip(self._sizes, state, strict=True) for leaf in jax.tree.leaves(level)
+      _shard_checksums(leaf, n) for n, level in zip(self._sizes, state, strict=True) for leaf in jax.tree.leaves(level)
     ]
-    sums = []
-    for leaf, of_device in found:
-      first = {shard.device for shard in leaf.addressable_shards if shard.replica_id == 0}
-      shards = jax.device_get([shard.data for shard in of_device.addressable_shards if shard.device in first])
-      sums.append(sum(int(value[0]) for value in shards))
+    sums = [sum(value.item() for value in of_array) for of_array in jax.device_get(found)]
     total = np.array(distributed.gather(sums), np.uint64).sum(axis=0) % 2**32
     return np.asarray(total, "<u4").tobytes().hex()
 
@@ -249,29 +245,55 @@ def _sizes(folder: Path) -> dict[str, int]:
   return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
-@functools.cache
-def _shard_checksums(sharding: jax.sharding.NamedSharding) -> Callable[[jax.Array, Any], jax.Array]:
-  """What each device's shard of an array adds to sum_i bits_i * (2 i + 1) modulo 2^32 over the array's first rows.
+def _shard_checksums(array: jax.Array, rows: int) -> list[Any]:
+  """`_sum_of_bits` of those shards of an array that this process has the first copy of, one element each."""
+  shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+  if array.nbytes <= SMALL:
+    begins = [[place.start or 0 for place in shard.index] for shard in shards]
+    return [_sum_of_bits(np, np.asarray(shard.data), begin, array.shape, rows)
+            for shard, begin in zip(shards, begins, strict=True)]
+  devices = {shard.device for shard in shards}
+  found = _compiled_checksum(array.sharding)(array, np.int32(rows))
+  return [shard.data for shard in found.addressable_shards if shard.device in devices]
 
-  `i` counts through the whole array in row-major order: any single changed element changes the sum. Takes the array and
-  how many rows count, gives uint32 `[devices]`. Nothing is moved between devices.
-  """
+
+@functools.cache
+def _compiled_checksum(sharding: jax.sharding.NamedSharding) -> Callable[[jax.Array, Any], jax.Array]:
+  """Takes an array and how many of its rows count; gives `_sum_of_bits` of each device's shard, uint32 `[devices]`."""
   mesh = sharding.mesh
 
   def checksum(shard: jax.Array, rows: Any) -> jax.Array:
     spread = [(axes,) if isinstance(axes, str) else axes or () for axes in sharding.spec]
     spread += [()] * (shard.ndim - len(spread))
     shape = [size * math.prod(mesh.shape[a] for a in axes) for size, axes in zip(shard.shape, spread, strict=True)]
-    bits = jax.lax.bitcast_convert_type(shard, jnp.uint32) if shard.dtype.itemsize == 4 else shard.astype(jnp.uint32)
-    place, row = jnp.zeros(shard.shape, jnp.uint32), jnp.zeros(shard.shape, jnp.int32)
-    for axis in range(shard.ndim):
-      begin = jax.lax.axis_index(spread[axis]) * shard.shape[axis] if spread[axis] else 0
-      index = begin + jax.lax.broadcasted_iota(jnp.int32, shard.shape, axis)
-      row = row if axis else index
-      place += index.astype(jnp.uint32) * jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-    return jnp.sum(jnp.where(row < rows, bits * (2 * place + 1), 0), dtype=jnp.uint32)[None]
+    begins = [jax.lax.axis_index(axes) * size if axes else 0 for size, axes in zip(shard.shape, spread, strict=True)]
+    return _sum_of_bits(jnp, shard, begins, shape, rows)[None]
 
   every = jax.sharding.PartitionSpec(tuple(mesh.axis_names))
   nothing = jax.sharding.PartitionSpec()
   return jax.jit(jax.shard_map(checksum, mesh=mesh, in_specs=(sharding.spec, nothing), out_specs=every,
                                check_vma=False))
+
+
+def _sum_of_bits(xp: Any, shard: Any, begins: Sequence[Any], shape: Sequence[int], rows: Any) -> Any:
+  """What a shard adds to sum_i bits_i * (2 i + 1) modulo 2^32 over the first rows of its array: uint32 scalar.
+
+  `i` counts through the whole array in row-major order: any single changed element changes the sum, and it does not
+  depend on how the array is cut into shards.
+
+  Args:
+    xp: numpy or jax.numpy.
+    shard: an array of it.
+    begins: where the shard begins in the whole array, by axis.
+    shape: of the whole array.
+    rows: how many of the whole array's rows count.
+  """
+  bits = shard.view(xp.uint32) if shard.dtype.itemsize == 4 else shard.astype(xp.uint32)
+  indices = [
+    xp.expand_dims(begin + xp.arange(size), [other for other in range(shard.ndim) if other != axis])
+    for axis, (begin, size) in enumerate(zip(begins, shard.shape, strict=True))
+  ]
+  place = xp.zeros_like(bits)
+  for axis, index in enumerate(indices):
+    place += index.astype(xp.uint32) * xp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+  return xp.sum(xp.where(indices[0] < rows, bits * (2 * place + 1), 0), dtype=xp.uint32)
