@@ -281,9 +281,9 @@ def test_what_is_not_known_is_a_dash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("files_there", "message"), [
   ({}, "expected a folder that holds a run (config.json) or a comparison (comparison.json)"),
   ({"runs/worldlm/seed0/config.json": "{}"}, "a comparison writes its file at the end: run it again to finish it"),
-  ({"config.json": "{"}, "config.json: expected JSON as the run or comparison wrote it"),
+  ({"config.json": "{"}, "config.json: expected readable JSON"),
   ({"config.json": '{"config": 1}'}, "config.json: missing=['nodes', 'versions']"),
-  ({"comparison.json": "[]"}, "comparison.json: missing=['own', "),
+  ({"comparison.json": "[]"}, "comparison.json: type='list': expected a JSON object; make the run"),
 ])
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, files_there: dict[str, str], message: str) -> None:
   for name, content in files_there.items():

@@ -57,14 +57,15 @@ def read_json(path: Path) -> Any:
   return content
 
 
-def read_object(path: Path, *names: str) -> dict[str, Any]:
+def read_object(path: Path, *names: str, remedy: str = "") -> dict[str, Any]:
   """The object of a JSON file that has the fields `names`. Raises `InputError` where it is none."""
   try:
     content = read_json(path)
   except (OSError, ValueError) as error:
-    raise InputError(f"{path}: expected readable JSON; {error}") from error
-  ok = isinstance(content, dict) and content.keys() >= set(names)
-  require(ok, str(path), type(content).__name__, f"a JSON object with the fields {', '.join(names) or '...'}")
+    raise InputError(f"{path}: expected readable JSON ({error})" + (f"; {remedy}" if remedy else "")) from error
+  require(isinstance(content, dict), f"{path}: type", type(content).__name__, "a JSON object", remedy)
+  missing = [name for name in names if name not in content]
+  require(not missing, f"{path}: missing", missing, f"the fields {', '.join(names)}", remedy)
   return content
 
 

@@ -177,9 +177,9 @@ def load(workdir: str | Path) -> Run | Comparison:
 
 def load_run(folder: Path) -> Run:
   """Reads a run's folder. Raises `InputError` where a file is missing or is not what it should be."""
-  record = _read(folder / "config.json", ("config", "nodes", "versions"))
-  summary = _read(folder / "summary.json", ("nodes", "tree", "seconds")) if (folder / "summary.json").exists() else None
-  stopped = _read(folder / "stopped.json", ("reason",)) if (folder / "stopped.json").exists() else {"reason": ""}
+  record = _read(folder / "config.json", "config", "nodes", "versions")
+  summary = _read(folder / "summary.json", "nodes", "tree", "seconds") if (folder / "summary.json").exists() else None
+  stopped = _read(folder / "stopped.json", "reason") if (folder / "stopped.json").exists() else {"reason": ""}
   with as_written(folder):
     tree = Tree.of(record["nodes"])
     checks.require(set(tree.paths) == set(record["nodes"]), f"{folder / 'config.json'}: nodes",
@@ -191,7 +191,7 @@ def load_run(folder: Path) -> Run:
 
 def _load_comparison(folder: Path) -> Comparison:
   path = folder / "comparison.json"
-  content = _read(path, ("own", "alone", "entries", "seeds", "nodes", "results", "verdicts", "runs"))
+  content = _read(path, "own", "alone", "entries", "seeds", "nodes", "results", "verdicts", "runs")
   nodes = content["nodes"]
   with as_written(folder):
     tree = Tree.of(nodes)
@@ -200,17 +200,8 @@ def _load_comparison(folder: Path) -> Comparison:
   return Comparison(folder, content, tree)
 
 
-def _read(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
-  """A JSON object that has the fields `names`."""
-  try:
-    content = checks.read_json(path)
-  except (ValueError, OSError) as error:
-    raise checks.InputError(f"{path}: expected JSON as the run or comparison wrote it ({error}); "
-                            "run it again with --overwrite") from error
-  missing = [name for name in names if not isinstance(content, dict) or name not in content]
-  checks.require(not missing, f"{path}: missing", missing, f"the fields {', '.join(names)}",
-                 "make the run or comparison again with this version")
-  return content
+def _read(path: Path, *names: str) -> dict[str, Any]:
+  return checks.read_object(path, *names, remedy="make the run or comparison again with this version")
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
