@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from worldlm_jax import (
   algorithms,
   checks,
+  config as c,
   federation as federation_lib,
   oracle_rules,
   schedule,
+  tree_sources,
   trees,
 )
 from worldlm_jax.exchange import caps
@@ -124,6 +126,20 @@ def test_whole_layers_that_hold_what_may_not_leave_do_not_leave(rounds):
   assert not governed(rounds, values="updates", **rule).merges("key_layers", "a")
 
 
+def test_what_others_keep_for_their_federation_stays_there_when_somebody_moves(rounds):
+  """Be it in the whole layers of who moves, or in the updates of a federation that moves."""
+  node = rounds.node
+  a = node("a", node("q"), node("w"), data=False)
+  g = node("g", a, node("p"), data=False, share_backbone="g", share_key_layers="g")
+  for moved, values, part, path in (("g/p", "layers", "key_layers", "b/p"), ("g/a", "updates", "backbone", "g/a/q")):
+    root = node("world", g, node("b", node("s"), data=False), data=False)
+    config = rounds.tiny_config(root, values=values, similarity="update_cosine")
+    question = "merges" if values == "layers" else "travels"
+    assert path == "b/p" or not getattr(rules_of(config)[0], question)(part, path)
+    config.federation.moves = [c.Move(moved, "b", 1)]
+    assert getattr(rules_of(config)[0], question)(part, path) == "share_{}=g of g/{}".format(part, "a/q")
+
+
 # The largest weight.
 
 
@@ -198,10 +214,17 @@ def config_of(rounds, drawn, algorithm, values):
   max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(drawn=random_rules(), algorithm=st.sampled_from(["worldlm", "hierfavg", "fedavg"]),
-                  values=st.sampled_from(["layers", "updates"]), inner=st.sampled_from(["beside", "before"]))
-def test_both_readings_of_the_rules_agree(rounds, drawn, algorithm, values, inner):
+                  values=st.sampled_from(["layers", "updates"]), inner=st.sampled_from(["beside", "before"]),
+                  move=st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)))
+def test_both_readings_of_the_rules_agree(rounds, drawn, algorithm, values, inner, move):
   config = config_of(rounds, drawn, algorithm, values)
   config.inner_text = inner
+  if move:
+    nodes = dict(tree_sources.walk(config.federation.root))
+    who, to = ([*nodes][place % len(nodes)] for place in move)
+    hypothesis.assume(who != "." and not f"{to}/".startswith(f"{who}/"))
+    hypothesis.assume(nodes[who].name not in [child.name for child in nodes[to].children])
+    config.federation.moves = [c.Move(who, to, 1)]
   ours, theirs = rules_of(config)
   paths = [m.path for m in ours.federation.members[1:]]
   for path in paths:
@@ -214,7 +237,7 @@ def test_both_readings_of_the_rules_agree(rounds, drawn, algorithm, values, inne
         assert (not ours.attends(path, other)) == theirs.looks_at(path, other)
       assert (not ours.receives(path, other)) == theirs.gets_residuals(path, other)
     assert ours.offers(path) == theirs.offers(path)
-  text = {m.path: 3 + i for i, m in enumerate(ours.federation.members) if m.data}
+  text = {m.path: 3 + i for i, m in enumerate(ours.federation.members) if m.data and not m.moved_from}
   assert ours.behind(text) == {p: set(theirs.behind(p, text)) for p in ours.federation.by_path}
   for path in paths:
     assert ours.follows(path) == theirs.follows(path), path
@@ -308,7 +331,8 @@ class Marked:
 
   def round(self, index):
     engine = self.harness.engine
-    for step in schedule.round_steps(self.federation, None):
+    self.harness.state = engine.move(self.harness.state, self.federation.moves(index))
+    for step in schedule.round_steps(self.federation, None, self.harness.attends, index):
       if step.kind == "down":
         self.harness.state, _ = engine.down(self.harness.state, step, index)
       elif step.kind == "train":

@@ -32,7 +32,7 @@ def check(sampling: Sampling, max_tokens: int) -> None:
   checks.require(0 <= sampling.temperature < float("inf"), "--temperature", sampling.temperature,
                  "a finite number, at least 0")
   checks.require(sampling.top_k >= 0, "--top_k", sampling.top_k, "a number of tokens", "0 takes all")
-  checks.require(0 < sampling.top_p <= 1, "--top_p", sampling.top_p, "a probability above 0", "1 takes all")
+  checks.require(0 < sampling.top_p <= 1, "--top_p", sampling.top_p, "more than 0 and at most 1", "1 takes all")
   checks.require(max_tokens > 0, "--max_tokens", max_tokens, "at least 1")
 
 

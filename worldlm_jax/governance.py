@@ -112,7 +112,7 @@ class Governance:
     parent = str(self.federation.by_path[path].parent)
     why = self.excludes(path) or self.withholds(part, path, parent)
     if not why and self._is_whole(part):  # whole layers hold what everybody has added to them
-      why = _first(self.withholds(part, x, parent) or self.refuses(parent, x) for x in self._held(part, path))
+      why = _first(self.withholds(part, x, parent) or self.refuses(parent, x) for x in sorted(self._held(part, path)))
     return why
 
   def takes(self, part: str, path: str) -> str:
@@ -127,7 +127,7 @@ class Governance:
     parent = self.federation.by_path[str(self.federation.by_path[path].parent)]
     if self.merges(part, path) or parent.parent is None or self._is_whole(part):
       return self.merges(part, path)
-    readers = self._destinations(part, parent.path)
+    readers = self._destinations_anywhere(part, parent.path)
     if not readers:
       return self.merges(part, parent.path)
     return _first(self.withholds(part, path, reader) for reader in sorted(readers))
@@ -235,11 +235,18 @@ class Governance:
     return part == KEY_LAYERS and self.over_layers
 
   def _held(self, part: str, path: str) -> frozenset[str]:
-    """Whose learning may be in a node's model: those with text that may reach it, and its own."""
-    return frozenset(
+    """Whose learning may be in a node's model: those with text that may reach it, its own, and what it moved with."""
+    member = self.federation.by_path[path]
+    brought = self._held(part, member.moved_from) - {member.moved_from} if member.moved_from else frozenset()
+    return brought | frozenset(
       m.path for m in self.federation.members if m.data is not None and (m.path == path or not (
         self.withholds(part, m.path, path) or self.refuses(path, m.path) or self.excludes(m.path)))
     )
+
+  def _destinations_anywhere(self, part: str, path: str) -> frozenset[str]:
+    """`_destinations` of a node at this place and at those to which it moves, where it still has what it has now."""
+    later = [m.path for m in self.federation.members if m.moved_from == path]
+    return self._destinations(part, path).union(*(self._destinations_anywhere(part, place) for place in later))
 
   def _destinations(self, part: str, path: str) -> frozenset[str]:
     """Everybody outside its subtree whom what a node sends reaches, in means and by itself."""

@@ -67,8 +67,10 @@ class Rules:
     return parent is None or path in self.meant(self.nodes[parent].settings.members)
 
   def learnt_from(self, part: str, path: str) -> set[str]:
-    """Whose learning may be in a node's model."""
-    return {x for x, m in self.nodes.items() if m.data is not None and (
+    """Whose learning may be in a node's model; that of others it keeps when it moves."""
+    before = self.nodes[path].moved_from
+    kept = self.learnt_from(part, before) - {before} if before else set()
+    return kept | {x for x, m in self.nodes.items() if m.data is not None and (
       x == path or (path in self.audience(part, x) and x in self.sources(path) and self.belongs(x)))}
 
   def takes(self, part: str, path: str) -> bool:
@@ -123,7 +125,10 @@ class Rules:
     is_whole = part == "key_layers" and self.whole_layers
     if not self.in_mean(part, path) or self.nodes[parent].parent is None or is_whole:
       return self.in_mean(part, path)
-    readers = self.readers(part, parent)
+    readers, place = set[str](), [parent]
+    while place:  # and wherever its federation moves later
+      readers |= self.readers(part, place[0])
+      place = [m.path for m in self.federation.members if m.moved_from == place[0]]
     return bool(readers) and readers <= self.audience(part, path)
 
   def is_kept(self, part: str, path: str) -> bool:
