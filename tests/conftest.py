@@ -1,14 +1,15 @@
 """Shared fixtures: 8 virtual CPU devices, strict numerics, tiny federations and a harness for their rounds."""
 
+import importlib.metadata
 import os
 
 # Tests compile far longer than they run: the compiler is to be quick (its newer emitters alone take twice as long as
-# those before them), and whatever it has made once is kept. The same holds for the processes that tests start, but for
-# the number of devices.
+# those before them, which are gone in 0.11), and whatever it has made once is kept. The same holds for the processes
+# that tests start, but for the number of devices.
 os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([
   *os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_optimization_level=0",
-  "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
-  "--xla_cpu_parallel_codegen_split_count=1",
+  "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_parallel_codegen_split_count=1",
+  *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10."),
 ]))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # XLA gives its CPU devices as many threads in all as there are devices, and a device that waits for the others in a
